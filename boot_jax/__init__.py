@@ -1,0 +1,1 @@
+"""Data-free distillation of diffusion models into one-step generators."""

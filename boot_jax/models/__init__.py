@@ -1,0 +1,1 @@
+"""Networks: Flax Linen, NHWC, driven by configs."""
