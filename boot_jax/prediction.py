@@ -3,9 +3,9 @@
 With ``x_t = alpha x_0 + sigma eps`` and ``n = sqrt(alpha^2 + sigma^2)``, networks
 predict
 
-    epsilon          eps                              x_0 = (x_t - sigma eps) / alpha
+    epsilon          eps                             x_0 = (x_t - sigma eps) / alpha
     sample           x_0
-    v_prediction     v = (alpha eps - sigma x_0) / n  x_0 = (alpha x_t / n - sigma v) / n
+    v_prediction     v = (alpha eps - sigma x_0) / n x_0 = (alpha x_t / n - sigma v) / n
     flow_prediction  u = eps - x_0           x_0 = (x_t - sigma u) / (alpha + sigma)
 
 The names are those of diffusers. For a variance-preserving schedule (``n = 1``), ``v``

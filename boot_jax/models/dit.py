@@ -71,7 +71,7 @@ class DiTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array) -> Array:
-        """Maps tokens ``[B, N, D]`` under ``embedding [B, D]``, a silu already taken."""
+        """Maps tokens ``[B, N, D]`` under ``embedding [B, D]``, after its silu."""
         dim = x.shape[-1]
         modulation = _dense(6 * dim, "modulation", self.dtype, _ZEROS)(embedding)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(

@@ -1,0 +1,393 @@
+"""Real images, for training a teacher and for scoring; distillation reads none.
+
+`load` opens a source as a `Dataset`: images by index, float32 in [-1, 1], NHWC.
+`batches` reads it ahead of the training loop. What a batch holds is a pure function of
+``(seed, step)``: an exact resume needs nothing saved, and neither the number of
+processes nor that of the steps in a dispatch changes what is learned from.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import io
+import itertools
+import math
+import os
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+#: File names that count as images in a folder, in either case.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+#: Threads that decode the images of one data set; pillow works outside Python's lock.
+DECODING_THREADS = 8
+
+_ORDER_STREAM, _FLIP_STREAM = 0, 1
+_NOT_READ = np.iinfo(np.int32).min
+
+Batch = dict[str, np.ndarray]
+
+# What pillow opens, what an error message calls it, and its class (0 without labels).
+_Record = tuple[str | io.BytesIO, str, int]
+
+
+class DataError(ValueError):
+    """The images asked for cannot be had; the message says what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    """Images in random access; build one to bring images of your own.
+
+    Attributes:
+      name: what `load` was asked for.
+      provenance: source, number and size of the images in one phrase, for reports.
+      num_examples: the number of images, at least 1; also the data set's ``len``.
+      image_shape: ``(H, W, C)`` in pixels and channels.
+      num_classes: the number of classes; None without labels.
+      images: maps indices ``[n]`` to images ``[n, H, W, C]``, float32 in [-1, 1].
+      labels: maps indices ``[n]`` to classes ``[n]``, int32; to None without labels.
+    """
+
+    name: str
+    provenance: str
+    num_examples: int
+    image_shape: tuple[int, int, int]
+    num_classes: int | None
+    images: Callable[[np.ndarray], np.ndarray]
+    labels: Callable[[np.ndarray], np.ndarray | None]
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+
+class _Options(NamedTuple):
+    image_size: int | None
+    channels: int | None
+    cache_bytes: int
+
+
+def load(
+    name: str,
+    *,
+    path: str | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    split: str = "train",
+    cache_bytes: int = 2**30,
+) -> Dataset:
+    """Opens a data set; nothing is ever downloaded.
+
+    Args:
+      name: ``"digits"``, scikit-learn's 1797 handwritten digits, 8x8x1 in 10 classes;
+        ``"folder"``, the images in ``path/CLASS/`` (the subfolders that hold images, in
+        order of their names, are classes 0, 1, ...) or in ``path`` itself (no labels);
+        ``"tfds:NAME"``, a data set with a feature "image" and perhaps a class "label"
+        that tensorflow-datasets has prepared in the array_record format; NAME may add
+        configuration and version: ``"tfds:NAME/CONFIG:1.0.0"``.
+      path: the folder, or the data directory of tensorflow-datasets (None: its own).
+      image_size: side in pixels; the largest centred square of each image is scaled
+        down to it with a Lanczos filter. None keeps images, which must share one size.
+      channels: 1 (grey) or 3 (RGB); None is 3 for a folder, else the source's own.
+      split: a split of tensorflow-datasets or a slice of it, such as ``"train[:90%]"``;
+        the other sources have ``"train"`` alone, with all their images.
+      cache_bytes: decoded images, a byte for each channel of a pixel, stay in memory up
+        to this many bytes, those used last; 0 keeps none.
+
+    Raises:
+      DataError: the data set cannot be opened or its first image not read. Damaged, too
+        small or differing images further on raise it when they are read.
+    """
+    if channels not in (None, 1, 3):
+        raise DataError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size must be at least 1 pixel, not {image_size}")
+    if name in ("digits", "folder") and split != "train":
+        raise DataError(f"{name} has no split {split!r}: use 'train', all the images")
+    options = _Options(image_size, channels, cache_bytes)
+    if name == "digits":
+        return _digits(options)
+    if name == "folder":
+        return _folder(path, options)
+    if name.startswith("tfds:"):
+        return _tfds(name, path, split, options)
+    raise DataError(f"no data set {name!r}: use 'digits', 'folder' or 'tfds:NAME'")
+
+
+def batch_indices(
+    num_examples: int, batch_size: int, seed: int, step: int
+) -> np.ndarray:
+    """The examples in batch number ``step``, as indices ``[batch_size]`` int64.
+
+    Each epoch is a new permutation of all examples; a batch may straddle two epochs, or
+    span several if it is larger than the data set. Raises `DataError` for a size below
+    1, or a negative seed or step.
+    """
+    if min(num_examples, batch_size) < 1 or min(seed, step) < 0:
+        raise DataError(
+            "num_examples and batch_size must be at least 1, seed and step at least 0, "
+            f"not {num_examples}, {batch_size}, {seed} and {step}"
+        )
+    start, stop = step * batch_size, (step + 1) * batch_size
+    parts = []
+    for epoch in range(start // num_examples, (stop - 1) // num_examples + 1):
+        order = _permutation(num_examples, seed, epoch)
+        epoch_start = epoch * num_examples
+        parts.append(order[max(start - epoch_start, 0) : stop - epoch_start])
+    return np.concatenate(parts)
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    steps_per_dispatch: int = 1,
+    *,
+    random_flip: bool = False,
+    rows: slice = slice(None),
+) -> Generator[Batch, None, None]:
+    """Batches without end, ``k = steps_per_dispatch`` at a time, read one item ahead.
+
+    Args:
+      batch_size: images in a step, over all processes; may exceed the data set's size.
+      seed: decides the order of the images, and the flips.
+      start_step: the first step to give; a run continued here sees what it would have.
+      random_flip: mirror each image left to right with probability 1/2.
+      rows: the ``B`` rows of every batch that this process reads; all by default.
+
+    Yields:
+      ``{"image": [k, B, H, W, C] float32 in [-1, 1], "label": [k, B] int32}``, without
+      "label" where the data set has none. The thread that reads ahead ends when the
+      generator is closed, dropped or has raised.
+
+    Raises:
+      DataError: a size, seed or step that cannot be; while iterating, a bad image.
+    """
+    if steps_per_dispatch < 1:
+        raise DataError(f"steps_per_dispatch must be at least 1: {steps_per_dispatch}")
+    batch_indices(len(dataset), batch_size, seed, start_step)  # Refuses now, not later.
+
+    def read(first: int) -> Batch:
+        steps = range(first, first + steps_per_dispatch)
+        order = [batch_indices(len(dataset), batch_size, seed, step) for step in steps]
+        indices = np.stack(order)[:, rows]
+        images = dataset.images(indices.ravel())
+        if random_flip:
+            coins = [_random_words(batch_size, seed, _FLIP_STREAM, i) for i in steps]
+            heads = np.stack(coins)[:, rows].reshape(-1, 1, 1, 1) < 2**63
+            images = np.where(heads, images[:, :, ::-1], images)
+        batch = {"image": images.reshape(*indices.shape, *dataset.image_shape)}
+        labels = dataset.labels(indices.ravel())
+        if labels is not None:
+            batch["label"] = labels.reshape(indices.shape)
+        return batch
+
+    return _read_ahead(read, start_step, steps_per_dispatch)
+
+
+def _read_ahead(
+    read: Callable[[int], Batch], start: int, stride: int
+) -> Generator[Batch, None, None]:
+    # Leaving the block, also by close() or an exception, waits for the thread's end.
+    with concurrent.futures.ThreadPoolExecutor(1, "boot_jax-batches") as thread:
+        ahead = thread.submit(read, start)
+        for step in itertools.count(start + stride, stride):
+            batch = ahead.result()
+            ahead = thread.submit(read, step)
+            yield batch
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    words = _random_words(num_examples, seed, _ORDER_STREAM, epoch)
+    return np.argsort(words, kind="stable")
+
+
+def _random_words(count: int, seed: int, stream: int, index: int) -> np.ndarray:
+    # Raw words: unlike Generator's methods, they are the same in every numpy release.
+    seeds = np.random.SeedSequence(seed, spawn_key=(stream, index))
+    return np.random.Philox(seeds).random_raw(count)
+
+
+def _decoded(
+    name: str,
+    origin: str,
+    record: Callable[[int], _Record],
+    num_examples: int,
+    num_classes: int | None,
+    options: _Options,
+) -> Dataset:
+    shape = _decode(*record(0)[:2], options).shape
+    classes = np.full(num_examples, _NOT_READ, np.int32)
+    threads = concurrent.futures.ThreadPoolExecutor(DECODING_THREADS, "boot_jax-decode")
+
+    @functools.lru_cache(maxsize=options.cache_bytes // math.prod(shape))
+    def image(index: int) -> np.ndarray:
+        file, place, classes[index] = record(index)
+        pixels = _decode(file, place, options)
+        if pixels.shape != shape:
+            raise DataError(
+                f"{place} is {pixels.shape[0]}x{pixels.shape[1]} pixels but the first "
+                f"image {shape[0]}x{shape[1]}: set image_size to bring all to one size"
+            )
+        return pixels
+
+    def images(indices: np.ndarray) -> np.ndarray:
+        pixels = np.stack(list(threads.map(image, indices.tolist())))
+        return np.divide(pixels, 127.5, dtype=np.float32) - np.float32(1)
+
+    def labels(indices: np.ndarray) -> np.ndarray:
+        # Reading an image has noted its class: no record is read a second time for it.
+        for index in np.unique(indices[classes[indices] == _NOT_READ]).tolist():
+            classes[index] = record(index)[-1]
+        return classes[indices]
+
+    size = "x".join(map(str, shape))
+    resized = " (centre squares, Lanczos)" if options.image_size else ""
+    return Dataset(
+        name=name,
+        provenance=f"{origin}, {num_examples} images {size}{resized}",
+        num_examples=num_examples,
+        image_shape=shape,
+        num_classes=num_classes,
+        images=images,
+        labels=labels if num_classes else lambda indices: None,
+    )
+
+
+def _decode(file: str | io.BytesIO, place: str, options: _Options) -> np.ndarray:
+    # Turning by EXIF orientation is left out, as in the usual reference statistics.
+    try:
+        with Image.open(file) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits a channel")
+            image = opened.convert("L" if options.channels == 1 else "RGB")
+    # Pillow raises all of these for damaged files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"cannot read {place}: repair or remove it ({error})"
+        ) from error
+    if size := options.image_size:
+        if min(image.size) < size:
+            raise DataError(
+                f"{place} is {image.height}x{image.width} pixels, smaller than "
+                f"image_size {size}: remove it or set a smaller image_size"
+            )
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _digits(options: _Options) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    if options.image_size not in (None, 8) or options.channels not in (None, 1):
+        raise DataError("digits are grey 8x8 images: leave out image_size and channels")
+    values, classes = load_digits(return_X_y=True)
+    images = (np.asarray(values, np.float32) / 8 - 1).reshape(-1, 8, 8, 1)
+    return Dataset(
+        name="digits",
+        provenance=f"scikit-learn digits, {len(images)} images 8x8x1",
+        num_examples=len(images),
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        images=images.__getitem__,
+        labels=np.asarray(classes, np.int32).__getitem__,
+    )
+
+
+def _folder(path: str | None, options: _Options) -> Dataset:
+    root = os.path.expanduser(path or "")
+    if not os.path.isdir(root):
+        raise DataError(f"no folder {root!r}: set path to the folder of the images")
+    folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
+    flat = _image_paths(root)
+    classes = [paths for folder in folders if (paths := _image_paths(folder))]
+    if bool(flat) == bool(classes):
+        found = "in and outside class folders" if flat else "neither in it nor below"
+        raise DataError(
+            f"{root!r} has images ({', '.join(IMAGE_SUFFIXES)}) {found}: put all into "
+            "the folder itself, or all into subfolders, one a class"
+        )
+    records = [
+        (file, file, label)
+        for label, files in enumerate(classes or [flat])
+        for file in files
+    ]
+    origin = f"image folder {os.path.basename(os.path.abspath(root))}"
+    options = options._replace(channels=options.channels or 3)
+    get, num_classes = records.__getitem__, len(classes) or None
+    return _decoded("folder", origin, get, len(records), num_classes, options)
+
+
+def _image_paths(folder: str) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return [os.path.join(folder, name) for name in images]
+
+
+def _tfds(name: str, path: str | None, split: str, options: _Options) -> Dataset:
+    try:
+        import array_record.python.array_record_data_source  # noqa: F401
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.read_only_builder import builder_from_files
+    except ImportError as error:
+        raise DataError(
+            f"{name} needs more packages: pip install 'boot_jax[tfds]' ({error})"
+        ) from error
+    name_there, data_dir = name.removeprefix("tfds:"), path and os.path.expanduser(path)
+    prepare = (
+        "prepare it, where tensorflow is installed, with tensorflow_datasets.builder("
+        f"{name_there!r}, data_dir={data_dir!r}, file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    try:
+        # Unlike tfds.builder, it opens what is on the disk without the data set's own
+        # builder, which may need tensorflow, or be of another version.
+        builder: Any = builder_from_files(name_there, data_dir=data_dir)
+    except ValueError as error:
+        where = data_dir or "the data directory of tensorflow-datasets"
+        raise DataError(f"{name} is not in {where}: {prepare}") from error
+    features = dict(builder.info.features.items())
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise DataError(f"{name} has no images named 'image', only {sorted(features)}")
+    source = _tfds_source(builder, name, split, prepare)
+    num_classes = getattr(features.get("label"), "num_classes", None)
+    options = options._replace(channels=options.channels or features["image"].shape[-1])
+
+    def record(index: int) -> _Record:
+        try:
+            example = source[index]
+        except (RuntimeError, ValueError) as error:  # What array_record raises.
+            message = f"{name} is damaged: delete it and {prepare} ({error})"
+            raise DataError(message) from error
+        label = example["label"] if num_classes else 0
+        return io.BytesIO(example["image"]), f"image {index} of {name}", label
+
+    origin = f"{builder.info.full_name} {split}"
+    return _decoded(name, origin, record, len(source), num_classes, options)
+
+
+def _tfds_source(builder: Any, name: str, split: str, prepare: str) -> Sequence[Any]:
+    import tensorflow_datasets as tfds
+
+    try:
+        # The bytes of the image go to pillow, as those of a folder's files do.
+        skip = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split, decoders=skip)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{name} is stored as {builder.info.file_format.value}, not as "
+            f"array_record: delete {builder.info.data_dir} and {prepare}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{name} has no images in split {split!r}: its splits are "
+            f"{sorted(builder.info.splits)}, with slices such as 'train[:90%]'"
+        ) from error

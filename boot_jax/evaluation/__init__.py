@@ -1,0 +1,1 @@
+"""Looking: features, metrics, plots and the report."""

@@ -1,0 +1,1 @@
+"""Teachers: exact, our own checkpoints, and others' models."""

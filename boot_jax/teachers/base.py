@@ -1,0 +1,111 @@
+"""What a teacher is: a denoiser, its parameters and the schedule it was trained on."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax import Array
+
+from boot_jax.guidance import Denoiser, guide
+from boot_jax.prediction import THRESHOLDING, expand, to_x_0
+from boot_jax.schedules import NoiseSchedule
+
+
+class TeacherError(ValueError):
+    """A teacher that is missing, foreign, or does not fit what is asked of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Everything that distillation needs to know.
+
+    Any pure function serves: give ``denoise`` and, if it has a Linen network of the
+    shape of those in `boot_jax.models`, also ``network`` and ``prediction_type``, so
+    that the student can start from it.
+
+    Attributes:
+      denoise: ``(params, x_t [B, H, W, C], t [B], condition) -> x_0``.
+      params: its parameters, a pytree; always passed as an argument, never captured.
+      schedule: the noise schedule it was trained on.
+      sample_shape: ``(H, W, C)``.
+      num_classes: number of class labels; None if it takes none.
+      network: the Linen module behind ``denoise``; None if there is none.
+      prediction_type: what ``network`` predicts.
+    """
+
+    denoise: Denoiser
+    params: Any
+    schedule: NoiseSchedule
+    sample_shape: tuple[int, int, int]
+    num_classes: int | None = None
+    network: nn.Module | None = None
+    prediction_type: str | None = None
+
+    def fingerprint(self) -> str:
+        """A hash of the parameters, schedule, shape and prediction type."""
+        digest = hashlib.sha256()
+        known = (self.schedule, self.sample_shape, self.num_classes)
+        digest.update(repr((known, self.prediction_type)).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def network_denoiser(
+    network: nn.Module, schedule: NoiseSchedule, prediction_type: str
+) -> Denoiser:
+    """A denoiser out of a network: input scaling, its own time, and the conversion.
+
+    Args:
+      network: called as ``network(x, time, condition)``; see `boot_jax.models`.
+      schedule: gives the scaling, the time input, and ``alpha`` and ``sigma``.
+      prediction_type: one of `boot_jax.prediction.PREDICTION_TYPES`.
+
+    Returns:
+      ``(params, x_t, t, condition) -> x_0`` in float32.
+    """
+
+    def denoise(params: Any, x_t: Array, t: Array, condition: Any) -> Array:
+        scaled = expand(schedule.input_scale(t), x_t) * x_t
+        time = schedule.time_input(t)
+        output = network.apply({"params": params}, scaled, time, condition)
+        assert isinstance(output, Array)
+        alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+        return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
+
+    return denoise
+
+
+def as_sampled(
+    denoise: Denoiser,
+    *,
+    null_condition: Any = None,
+    guidance_scale: float | None = 1.0,
+    thresholding: str = "none",
+) -> Denoiser:
+    """The teacher exactly as its sampler runs it: guided first, then thresholded.
+
+    Args:
+      denoise: the plain denoiser.
+      null_condition: of the unconditional half; None switches guidance off.
+      guidance_scale: ``w``; 1 switches guidance off, None reads it from the condition.
+      thresholding: ``none``, ``clip`` or ``dynamic``.
+
+    Raises:
+      ValueError: the thresholding is not known.
+    """
+    if thresholding not in THRESHOLDING:
+        raise ValueError(
+            f"thresholding is {thresholding!r}; choose one of {sorted(THRESHOLDING)}"
+        )
+    if null_condition is not None and guidance_scale != 1.0:
+        denoise = guide(denoise, null_condition, guidance_scale)
+    threshold: Callable[[Array], Array] = THRESHOLDING[thresholding]
+    return lambda params, x_t, t, condition: threshold(
+        denoise(params, x_t, t, condition)
+    )

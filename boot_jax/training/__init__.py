@@ -1,0 +1,1 @@
+"""A run: state, step, loop, checkpoints and logs."""

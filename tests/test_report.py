@@ -1,0 +1,444 @@
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from boot_jax.evaluation import plots
+from boot_jax.evaluation.report import headline, summary_table, write_report
+
+VOID = {"meta", "img", "br", "link", "input", "hr", "col"}
+
+
+def sampler(distance: float, error: float, seconds: float) -> dict[str, float]:
+    return {
+        "frechet_distance": distance,
+        "normalized_error": error,
+        "precision": 0.9,
+        "recall": 0.7,
+        "seconds_per_image": seconds,
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    ddim = {"16": (0.28, 0.006), "1": (9.1, 0.5), "4": (1.12, 0.072), "8": (0.49, 0.02)}
+    made = {
+        "student": {**sampler(0.331, 0.0623, 2e-5), "variance_ratio": 0.87},
+        "teacher": {
+            "ddim": {n: sampler(*two, 2e-5 * int(n)) for n, two in ddim.items()},
+            "ode": {
+                "name": "Heun, 128 steps",
+                "frechet_distance": 0.138,
+                "precision": 0.9,
+                "recall": None,
+            },
+        },
+        "ddim_equivalent_steps": 12.94,
+        "ddim_equivalent_steps_censored": "none",
+        "features": "pixels 8x8x1",
+        "num_images": 1797,
+        "data": "digits of scikit-learn",
+        "seconds": {"teacher": 61.2, "distill": None},
+        "versions": {"jax": "0.10.2"},
+        "device": "cpu",
+    }
+    return json.loads(json.dumps(made))
+
+
+class Page(HTMLParser):
+    """Tags with attributes, cells of tables and text; unbalanced tags fail."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def png(shade: int = 0) -> bytes:
+    return plots.encode_png(Image.new("RGB", (4, 3), (shade, shade, shade)))
+
+
+def written(tmp_path, results, **extra) -> tuple[str, Page]:
+    path = tmp_path / "report.html"
+    given = {"title": "Digits", "images": {}, "config": {}} | extra
+    write_report(path, results=results, **given)
+    page = path.read_text(encoding="utf-8")
+    return page, Page(page)
+
+
+# --- the page ---------------------------------------------------------------------
+
+
+def test_page_is_well_formed_and_needs_no_other_file(tmp_path, results):
+    images = {"samples": png(1), "quality": png(2), "loss": png(3)}
+    page, parsed = written(tmp_path, results, images=images)
+    assert page.startswith("<!DOCTYPE html>")
+    names = [tag for tag, _ in parsed.tags]
+    assert not {"script", "link", "iframe", "object", "a"} & set(names)
+    assert "http" not in page and "url(" not in page and "@import" not in page
+    sources = [a["src"] for tag, a in parsed.tags if tag == "img"]
+    prefix = "data:image/png;base64,"
+    assert all(source.startswith(prefix) for source in sources)
+    decoded = [base64.b64decode(source.removeprefix(prefix)) for source in sources]
+    assert decoded == list(images.values())
+    assert [a["alt"] for tag, a in parsed.tags if tag == "img"] == list(images)
+
+
+def test_samples_come_before_the_table_and_plots_after_it(tmp_path, results):
+    images = {"the samples": png(1), "the plot": png(2)}
+    page, _ = written(tmp_path, results, images=images)
+    places = [page.index(mark) for mark in ("the samples", "<thead", "the plot")]
+    assert places == sorted(places)
+
+
+def test_page_holds_the_figures(tmp_path, results):
+    _, parsed = written(
+        tmp_path,
+        results,
+        config={"seed": 3, "model": {"width": 128, "added": {}}},
+        tables={"Ablation": [{"weight": "x0", "FD": 0.5}, {"weight": "dt"}]},
+    )
+    rows = parsed.rows
+    assert [
+        "student, 1 step",
+        "1",
+        "0.331",
+        "0.0623",
+        "0.900",
+        "0.700",
+        "0.0200",
+    ] in rows
+    assert ["teacher, Heun, 128 steps", "–", "0.138", "–", "0.900", "–", "–"] in rows
+    teacher = [row[1] for row in rows if "DDIM step" in row[0]]
+    assert teacher == ["1", "4", "8", "16"]
+    for row in (
+        ["model.width", "128"],
+        ["model.added", "{}"],
+        ["dt", "–"],
+        ["x0", "0.5"],
+        ["features", "pixels 8x8x1"],
+        ["reference data", "digits of scikit-learn"],
+        ["student's variance / reference's", "0.870"],
+        ["time, teacher", "61.2 s"],
+        ["version, jax", "0.10.2"],
+    ):
+        assert row in rows
+    assert headline(results) in parsed.text
+    student = [a for tag, a in parsed.tags if tag == "tr" and "class" in a]
+    assert student == [{"class": "student"}]
+
+
+def test_everything_is_escaped(tmp_path, results):
+    evil = "<script>alert('\"&')</script>"
+    results |= {
+        "features": evil,
+        "data": evil,
+        "device": evil,
+        "versions": {evil: evil},
+    }
+    results["teacher"]["ode"]["name"] = evil
+    page, parsed = written(
+        tmp_path,
+        results,
+        title=evil,
+        images={evil: png()},
+        config={evil: {evil: evil}},
+        tables={evil: [{evil: evil}]},
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == parsed.text.count("<script>") + 1  # the alt
+    assert [a["alt"] for tag, a in parsed.tags if tag == "img"] == [evil]
+    assert [f"{evil}.{evil}", evil] in parsed.rows
+
+
+@pytest.mark.parametrize("results", [{}, {"student": None, "teacher": {"ddim": None}}])
+def test_missing_results_are_dashes(tmp_path, results):
+    _, parsed = written(tmp_path, results)
+    assert ["student, 1 step", "1", *["–"] * 5] in parsed.rows
+    assert ["features", "–"] in parsed.rows
+    assert "were not scored" in summary_table(results)
+
+
+def test_a_diverged_student_is_not_hidden(tmp_path, results):
+    results["student"]["normalized_error"] = float("nan")
+    _, parsed = written(tmp_path, results)
+    assert any(row[0] == "student, 1 step" and row[3] == "nan" for row in parsed.rows)
+
+
+def test_images_must_be_png(tmp_path, results):
+    with pytest.raises(ValueError, match="'samples' must be the bytes of a PNG"):
+        written(tmp_path, results, images={"samples": b"\xff\xd8 jpeg"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path, results, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        written(tmp_path, results)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- the terminal -----------------------------------------------------------------
+
+
+def test_terminal_table_is_aligned_and_says_what_the_page_says(tmp_path, results):
+    first, blank, *table = summary_table(results).splitlines()
+    assert first == headline(results) and blank == ""
+    spans = [match.span() for match in re.finditer("-+", table[2])]
+    assert len(spans) == 7
+    width = spans[-1][1]
+    cells = []
+    for line in table[:2] + table[3:]:
+        padded = line.ljust(width)
+        assert len(padded) == width
+        cut = [padded[start:stop] for start, stop in spans]
+        assert "  ".join(cut) == padded  # nothing between the columns
+        assert all(cell == cell.strip().rjust(len(cell)) for cell in cut[1:])
+        assert cut[0] == cut[0].strip().ljust(len(cut[0]))
+        cells.append([cell.strip() for cell in cut])
+    _, parsed = written(tmp_path, results)
+    body = cells[2:]
+    assert len(body) == 6
+    assert body == [row for row in parsed.rows if row in body]
+    header = [f"{top} {bottom}".strip() for top, bottom in zip(*cells[:2], strict=True)]
+    assert header == parsed.rows[0]
+
+
+def test_headline_compares_with_a_measured_run_that_is_no_better(results):
+    assert headline(results) == (
+        "One step of the student: Fréchet distance 0.331 (pixels 8x8x1 features, "
+        "1,797 images), as good as 12.9 steps of the teacher's DDIM and 8.0 times as "
+        "fast as 8 of its steps."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "censored", "end"),
+    [
+        (
+            16.0,
+            "above",
+            "better than the teacher's DDIM with up to 16 steps "
+            "and 16.0 times as fast as 16 of its steps.",
+        ),
+        (1.0, "below", "not as good as 1 step of the teacher's DDIM."),
+        (4.0, "below", "not as good as 4 steps of the teacher's DDIM."),
+        (1.3, "none", "as good as 1.3 steps of the teacher's DDIM."),
+    ],
+)
+def test_headline_claims_no_more_than_was_measured(results, value, censored, end):
+    results["ddim_equivalent_steps"] = value
+    results["ddim_equivalent_steps_censored"] = censored
+    assert headline(results).endswith(f"images), {end}")
+
+
+def test_headline_without_times_or_steps(results):
+    del results["student"]["seconds_per_image"]
+    assert headline(results).endswith("as good as 12.9 steps of the teacher's DDIM.")
+    del results["ddim_equivalent_steps"], results["num_images"], results["features"]
+    assert headline(results) == "One step of the student: Fréchet distance 0.331."
+
+
+# --- images -----------------------------------------------------------------------
+
+
+def test_uint8_rounds_to_nearest_and_clips():
+    levels = np.arange(256)
+    np.testing.assert_array_equal(plots.to_uint8(levels / 127.5 - 1.0), levels)
+    near = (levels + 0.49) / 127.5 - 1.0
+    np.testing.assert_array_equal(plots.to_uint8(near), levels)
+    np.testing.assert_array_equal(plots.to_uint8([-1.5, 1.01, 9.0]), [0, 255, 255])
+
+
+def test_images_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        plots.to_uint8([0.0, np.nan])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_holds_every_image_enlarged(channels):
+    rng = np.random.default_rng(0)
+    rows = {
+        "teacher, 50 steps": rng.uniform(-1, 1, (5, 8, 8, channels)),
+        "student": rng.uniform(-1, 1, (5, 8, 8, channels)),
+    }
+    grid = np.asarray(plots.image_grid(rows))
+    assert grid.shape[0] == 4 + 2 * (64 + 4)
+    margin = grid.shape[1] - 5 * (64 + 4)
+    for row, images in enumerate(rows.values()):
+        for column in range(5):
+            top, left = 4 + row * 68, margin + column * 68
+            tile = grid[top : top + 64, left : left + 64]
+            # Each pixel is a block of one colour: corner and middle of it agree.
+            expected = np.broadcast_to(plots.to_uint8(images[column]), (8, 8, 3))
+            np.testing.assert_array_equal(tile[::8, ::8], expected)
+            np.testing.assert_array_equal(tile[7::8, 7::8], expected)
+            assert (grid[top + 64 : top + 68, left : left + 64] == 255).all()
+    label = grid[:, : margin - 4]
+    assert (label[4:68] < 128).any() and (label[72:136] < 128).any()
+    assert (label[:, :4] == 255).all()  # the longest label is not cut off
+
+
+def test_grid_scale_and_png():
+    image = plots.image_grid({"a": np.zeros((1, 96, 64, 3))})
+    assert image.height == 4 + 96 + 4
+    doubled = plots.image_grid({"a": np.zeros((1, 96, 64, 3))}, scale=2)
+    assert doubled.height == 4 + 192 + 4
+    decoded = Image.open(io.BytesIO(plots.encode_png(image)))
+    assert decoded.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {},
+        {"a": np.zeros((2, 8, 8, 4))},
+        {"a": np.zeros((8, 8, 1))},
+        {"a": np.zeros((2, 8, 8, 1)), "b": np.zeros((3, 8, 8, 1))},
+    ],
+)
+def test_grid_refuses_rows_that_do_not_fit(rows):
+    with pytest.raises(ValueError, match=r"a grid needs rows \[N, H, W, C\]"):
+        plots.image_grid(rows)
+
+
+# --- plots ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that are drawn, besides their PNG bytes; warnings are errors."""
+    seen: list[Figure] = []
+    render = plots._render
+
+    def spy(figure: Figure) -> bytes:
+        seen.append(figure)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return render(figure)
+
+    monkeypatch.setattr(plots, "_render", spy)
+    return seen
+
+
+def assert_drawn(data: bytes) -> None:
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "PNG" and image.width >= 600
+    assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_quality_plot_marks_students_and_what_they_are_worth(figures):
+    students = {"student": 4.0, "best": 0.25, "worst": 20.0}
+    data = plots.quality_against_steps([4, 1, 16], [2.0, 8.0, 0.5], students, "pixels")
+    assert_drawn(data)
+    (axes,) = figures[0].axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert "pixels" in axes.get_title(loc="left")
+    lines = {marker: [] for marker in ("o", "*", "D", "None")}
+    for line in axes.lines:
+        lines[line.get_marker()].append(np.asarray(line.get_xydata()))
+    np.testing.assert_array_equal(lines["o"][0], [[1, 8], [4, 2], [16, 0.5]])
+    np.testing.assert_array_equal(np.concatenate(lines["*"])[:, 0], [1, 1, 1])
+    np.testing.assert_array_equal(np.concatenate(lines["*"])[:, 1], [4, 0.25, 20])
+    (diamond,) = lines["D"]  # only where it is not censored
+    np.testing.assert_allclose(diamond, [[2.0, 4.0]])
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend[1:] == [
+        "student: 4 (2 DDIM steps)",
+        "best: 0.25 (> 16 DDIM steps)",
+        "worst: 20 (< 1 DDIM steps)",
+    ]
+
+
+def test_error_plot_runs_from_noise_to_data(figures):
+    curves = {"student": [0.05, 0.02, 0.0], "teacher": [0.01, 0.005, 0.0]}
+    assert_drawn(plots.error_over_time([0.0, 0.5, 1.0], curves))
+    (axes,) = figures[0].axes
+    left, right = axes.get_xlim()
+    assert left > 1.0 and right < 0.0 and axes.get_yscale() == "log"
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0.05, 0.02, np.nan])
+    assert len(axes.lines) == 2
+
+
+def test_loss_plot_smooths_and_counts_what_has_no_logarithm(figures):
+    losses = np.r_[np.tile([1.0, 3.0], 200), 0.0, np.inf, np.nan]
+    assert_drawn(plots.loss_curve(range(len(losses)), losses, "Loss"))
+    (axes,) = figures[0].axes
+    assert "3 of 403" in axes.get_title(loc="left")
+    raw, smooth = (np.asarray(line.get_ydata()) for line in axes.lines)
+    np.testing.assert_array_equal(raw, losses[:400])
+    np.testing.assert_allclose(smooth, 2.0, rtol=0.15)
+    assert smooth[200] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("losses", [[], [np.nan, 0.0], [0.5]])
+def test_loss_plot_of_next_to_nothing(figures, losses):
+    plots.loss_curve(range(len(losses)), losses)
+    assert len(figures) == 1
+
+
+def test_map_scatter_joins_the_ends_of_each_noise(figures):
+    rng = np.random.default_rng(0)
+    noise, exact, student = rng.normal(size=(3, 20, 2))
+    assert_drawn(plots.map_scatter(noise, exact, student))
+    left, right = figures[0].axes
+    np.testing.assert_array_equal(left.collections[0].get_offsets(), noise)
+    ends = [np.asarray(points.get_offsets()) for points in right.collections]
+    np.testing.assert_array_equal(ends[0], exact)
+    np.testing.assert_array_equal(ends[1], student)
+    for n, line in enumerate(right.lines):
+        np.testing.assert_array_equal(line.get_xydata(), [exact[n], student[n]])
+    assert len(right.lines) == 20
+    colours = [points.get_array() for points in (*left.collections, *right.collections)]
+    for colour in colours:
+        np.testing.assert_allclose(colour, np.angle(noise[:, 0] + 1j * noise[:, 1]))
+
+
+def test_plots_leave_pyplot_alone():
+    code = (
+        "import sys; from boot_jax.evaluation import plots;"
+        "plots.loss_curve([0, 1], [1.0, 0.5]);"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
