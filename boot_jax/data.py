@@ -1,19 +1,16 @@
 """Real images, for training a teacher and for scoring; distillation reads none.
 
 `load` opens a source as a `Dataset`: images by index, float32 in [-1, 1], NHWC.
-`batches` reads it ahead of the training loop. What a batch holds is a pure function of
-``(seed, step)``: an exact resume needs nothing saved, and neither the number of
-processes nor that of the steps in a dispatch changes what is learned from.
+`boot_jax.batches` reads it ahead of the training loop.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import io
-import itertools
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: Threads that decode the images of one data set; pillow works outside Python's lock.
 DECODING_THREADS = 8
 
-_ORDER_STREAM, _FLIP_STREAM = 0, 1
 _NOT_READ = np.iinfo(np.int32).min
-
-Batch = dict[str, np.ndarray]
 
 # What pillow opens, what an error message calls it, and its class (0 without labels).
 _Record = tuple[str | io.BytesIO, str, int]
@@ -115,102 +109,6 @@ def load(
     if name.startswith("tfds:"):
         return _tfds(name, path, split, options)
     raise DataError(f"no data set {name!r}: use 'digits', 'folder' or 'tfds:NAME'")
-
-
-def batch_indices(
-    num_examples: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """The examples in batch number ``step``, as indices ``[batch_size]`` int64.
-
-    Each epoch is a new permutation of all examples; a batch may straddle two epochs, or
-    span several if it is larger than the data set. Raises `DataError` for a size below
-    1, or a negative seed or step.
-    """
-    if min(num_examples, batch_size) < 1 or min(seed, step) < 0:
-        raise DataError(
-            "num_examples and batch_size must be at least 1, seed and step at least 0, "
-            f"not {num_examples}, {batch_size}, {seed} and {step}"
-        )
-    start, stop = step * batch_size, (step + 1) * batch_size
-    parts = []
-    for epoch in range(start // num_examples, (stop - 1) // num_examples + 1):
-        order = _permutation(num_examples, seed, epoch)
-        epoch_start = epoch * num_examples
-        parts.append(order[max(start - epoch_start, 0) : stop - epoch_start])
-    return np.concatenate(parts)
-
-
-def batches(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    steps_per_dispatch: int = 1,
-    *,
-    random_flip: bool = False,
-    rows: slice = slice(None),
-) -> Generator[Batch, None, None]:
-    """Batches without end, ``k = steps_per_dispatch`` at a time, read one item ahead.
-
-    Args:
-      batch_size: images in a step, over all processes; may exceed the data set's size.
-      seed: decides the order of the images, and the flips.
-      start_step: the first step to give; a run continued here sees what it would have.
-      random_flip: mirror each image left to right with probability 1/2.
-      rows: the ``B`` rows of every batch that this process reads; all by default.
-
-    Yields:
-      ``{"image": [k, B, H, W, C] float32 in [-1, 1], "label": [k, B] int32}``, without
-      "label" where the data set has none. The thread that reads ahead ends when the
-      generator is closed, dropped or has raised.
-
-    Raises:
-      DataError: a size, seed or step that cannot be; while iterating, a bad image.
-    """
-    if steps_per_dispatch < 1:
-        raise DataError(f"steps_per_dispatch must be at least 1: {steps_per_dispatch}")
-    batch_indices(len(dataset), batch_size, seed, start_step)  # Refuses now, not later.
-
-    def read(first: int) -> Batch:
-        steps = range(first, first + steps_per_dispatch)
-        order = [batch_indices(len(dataset), batch_size, seed, step) for step in steps]
-        indices = np.stack(order)[:, rows]
-        images = dataset.images(indices.ravel())
-        if random_flip:
-            coins = [_random_words(batch_size, seed, _FLIP_STREAM, i) for i in steps]
-            heads = np.stack(coins)[:, rows].reshape(-1, 1, 1, 1) < 2**63
-            images = np.where(heads, images[:, :, ::-1], images)
-        batch = {"image": images.reshape(*indices.shape, *dataset.image_shape)}
-        labels = dataset.labels(indices.ravel())
-        if labels is not None:
-            batch["label"] = labels.reshape(indices.shape)
-        return batch
-
-    return _read_ahead(read, start_step, steps_per_dispatch)
-
-
-def _read_ahead(
-    read: Callable[[int], Batch], start: int, stride: int
-) -> Generator[Batch, None, None]:
-    # Leaving the block, also by close() or an exception, waits for the thread's end.
-    with concurrent.futures.ThreadPoolExecutor(1, "boot_jax-batches") as thread:
-        ahead = thread.submit(read, start)
-        for step in itertools.count(start + stride, stride):
-            batch = ahead.result()
-            ahead = thread.submit(read, step)
-            yield batch
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    words = _random_words(num_examples, seed, _ORDER_STREAM, epoch)
-    return np.argsort(words, kind="stable")
-
-
-def _random_words(count: int, seed: int, stream: int, index: int) -> np.ndarray:
-    # Raw words: unlike Generator's methods, they are the same in every numpy release.
-    seeds = np.random.SeedSequence(seed, spawn_key=(stream, index))
-    return np.random.Philox(seeds).random_raw(count)
 
 
 def _decoded(

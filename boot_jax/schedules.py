@@ -150,7 +150,8 @@ class LinearBetaSchedule(NoiseSchedule):
 
     def t_from_lambda(self, lambda_t: Array) -> Array:
         """The positive root of a quadratic, in the form without cancellation."""
-        decay = jax.nn.softplus(2 * lambda_t)
+        most = (self.beta_min + self.beta_max) / 2  # At t = 1; finite for any lambda.
+        decay = jnp.minimum(jax.nn.softplus(2 * lambda_t), most)
         slope = self.beta_max - self.beta_min
         root = jnp.sqrt(self.beta_min**2 + 2 * slope * decay)
         return jnp.clip(2 * decay / (self.beta_min + root), 0, 1)
@@ -224,7 +225,7 @@ class DiscreteSchedule(NoiseSchedule):
         s = jnp.sqrt(jax.nn.sigmoid(2 * lambda_t))
         start, end = s * a0 - a * s0, s * a1 - a * s1
         right = start / (start - end)
-        return (index.astype(lambda_t.dtype) + right) / len(self.betas)
+        return jnp.clip((index.astype(lambda_t.dtype) + right) / len(self.betas), 0, 1)
 
     def time_input(self, t: Array) -> Array:
         """The (fractional) training step: 0 for the first noise level."""
@@ -311,7 +312,7 @@ class FlowSchedule(NoiseSchedule):
 
     def t_from_lambda(self, lambda_t: Array) -> Array:
         """See the base class."""
-        return jax.nn.sigmoid(lambda_t - np.log(self.shift))
+        return jax.nn.sigmoid(lambda_t - float(np.log(self.shift)))
 
     @property
     def variance_preserving(self) -> bool:

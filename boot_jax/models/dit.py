@@ -6,7 +6,7 @@ factors that start at zero, and so is the last layer, so that a new network is t
 function.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,11 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from boot_jax.models.layers import AddedEmbeddings, timestep_embedding
+from boot_jax.models.layers import (
+    AddedEmbeddings,
+    AttentionImplementation,
+    timestep_embedding,
+)
 
 _ZEROS = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
@@ -43,7 +47,7 @@ class Attention(nn.Module):
     """Self-attention over tokens ``[B, N, D]``."""
 
     num_heads: int
-    implementation: str | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -55,9 +59,11 @@ class Attention(nn.Module):
             _dense(dim, name, self.dtype)(x).reshape(heads)
             for name in ("to_q", "to_k", "to_v")
         )
-        attended = jax.nn.dot_product_attention(
-            q, k, v, implementation=cast(Any, self.implementation)
-        )
+        # It promotes types within, which strict promotion refuses for 16-bit ones.
+        with jax.numpy_dtype_promotion("standard"):
+            attended = jax.nn.dot_product_attention(
+                q, k, v, implementation=self.implementation
+            )
         return _dense(dim, "to_out", self.dtype)(attended.reshape(batch, tokens, dim))
 
 
@@ -66,7 +72,7 @@ class DiTBlock(nn.Module):
 
     num_heads: int
     mlp_ratio: float
-    attention_implementation: str | None
+    attention_implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -116,7 +122,7 @@ class DiT(nn.Module):
     num_classes: int | None = None
     added_embeddings: tuple[str, ...] = ()
     num_half_waves: int = 2
-    attention_implementation: str | None = None
+    attention_implementation: AttentionImplementation | None = None
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 

@@ -117,7 +117,8 @@ class UNet(nn.Module):
     """Maps a noisy image and a time to the network's prediction, of the image's shape.
 
     The fields up to ``num_train_timesteps`` are those of diffusers' ``UNet2DModel``.
-    Then: ``added_embeddings``, names of further scalars that join the time embedding;
+    Then: ``added_embeddings``, names of further scalars that join the time embedding,
+    with ``num_half_waves`` waves each;
     ``dtype``, what the blocks compute in (parameters, norms, embeddings and the last
     convolution stay in float32); ``attention_implementation``, see `LayerSettings`;
     ``remat``, to recompute each block in the backward pass.
@@ -155,6 +156,7 @@ class UNet(nn.Module):
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
     added_embeddings: tuple[str, ...] = ()
+    num_half_waves: int = 2
     dtype: DTypeLike = jnp.float32
     attention_implementation: layers.AttentionImplementation | None = None
     remat: bool = False
@@ -248,7 +250,9 @@ class UNet(nn.Module):
                 label = nn.Embed(self.num_class_embeds or 0, features, name=name)(label)
             embedding = embedding + label.astype(jnp.float32)
         names = self.added_embeddings
-        extra = layers.AddedEmbeddings(names, features, name="added_embeddings")
+        extra = layers.AddedEmbeddings(
+            names, features, self.num_half_waves, name="added_embeddings"
+        )
         return embedding + extra(added)
 
     def _time_projection(self) -> Callable[[Array], Array]:

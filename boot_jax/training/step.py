@@ -84,11 +84,12 @@ def denoising_loss(
 ) -> Loss:
     """Teacher training: the mean squared error of what the network predicts.
 
-    Times are uniform in ``[t_min, 1]``, stratified over the batch. For class-conditional
-    networks a share ``label_dropout`` of the labels becomes the null label, so that the
-    teacher can be guided.
+    Times are uniform in ``[t_min, 1]``, stratified over the batch. For
+    class-conditional networks a share ``label_dropout`` of the labels becomes the null
+    label, so that the teacher can be guided.
     """
     times = Objective(kind="continuous", t_min=t_min, delta=1e-3)
+    dropout: Any = {"deterministic": False} if getattr(network, "dropout", 0.0) else {}
 
     def loss(
         params: Any,
@@ -98,7 +99,7 @@ def denoising_loss(
         key: Array,
         progress: Any,
     ) -> tuple[Array, dict[str, Array]]:
-        noise_key, time_key, label_key = jax.random.split(key, 3)
+        noise_key, time_key, label_key, dropout_key = jax.random.split(key, 4)
         x_0 = batch["image"]
         eps = jax.random.normal(noise_key, x_0.shape)
         t = draw_times(times, time_key, x_0.shape[0])
@@ -113,6 +114,8 @@ def denoising_loss(
             expand(schedule.input_scale(t), x_t) * x_t,
             schedule.time_input(t),
             condition,
+            **dropout,
+            rngs={"dropout": dropout_key},
         )
         assert isinstance(output, Array)
         target = from_x_0(

@@ -1,0 +1,366 @@
+"""What may be set: the schema with its defaults, and the one place where it is checked.
+
+A config file calls `default_config`, changes fields and returns it. The result is a
+locked `ml_collections.ConfigDict`: a misspelt field is an error. `validate` checks at
+the border what later code relies on, and says in one line what is wrong and what would
+be right; nothing below re-checks it.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from boot_jax.objectives import Objective
+from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
+from boot_jax.schedules import NoiseSchedule, get_schedule
+from boot_jax.student import TIME_CONDITIONINGS
+from boot_jax.training.state import LEARNING_RATE_DECAYS
+
+TEACHER_SOURCES = ("train", "checkpoint", "mixture")
+NETWORKS = ("dit", "unet")
+
+#: Sections that do not change what a run computes, so a workdir may go on with others.
+FREE_SECTIONS = ("evaluation", "sample", "run", "mesh")
+
+_SCHEDULE_FIELDS = {
+    "cosine": ("shift",),
+    "flow": ("shift",),
+    "linear_beta": ("beta_min", "beta_max"),
+    "edm": ("sigma_min", "sigma_max", "rho"),
+    "discrete": (
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "rescale_betas_zero_snr",
+    ),
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line for the user."""
+
+
+def _training(num_steps: int, batch_size: int) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "num_steps": num_steps,
+            "batch_size": batch_size,  # images in the global batch
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "decay": "cosine",  # constant | cosine (to zero)
+            "b1": 0.9,
+            "b2": 0.99,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.999,
+        }
+    )
+
+
+def default_config() -> Any:
+    """Every field with its default; a comment says what each one means."""
+    config = ml_collections.ConfigDict()
+    config.title = "boot_jax"
+    config.seed = 0
+    config.data = ml_collections.ConfigDict(
+        {
+            "name": "digits",  # digits | folder | tfds:NAME | "" for none
+            "path": "",  # of the folder, or tfds' data_dir
+            "split": "train",
+            "image_size": 0,  # 0: as they are
+            "channels": 0,  # 0: as they are
+            "random_flip": False,
+            "labels": False,  # whether the teacher is class-conditional
+        }
+    )
+    config.schedule = ml_collections.ConfigDict(
+        {
+            "name": "cosine",  # cosine | linear_beta | edm | flow | discrete
+            "shift": 1.0,  # cosine, flow
+            "beta_min": 0.1,  # linear_beta
+            "beta_max": 20.0,
+            "sigma_min": 0.002,  # edm
+            "sigma_max": 80.0,
+            "rho": 7.0,
+            "num_train_timesteps": 1000,  # discrete, with diffusers' names
+            "beta_schedule": "linear",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "rescale_betas_zero_snr": False,
+        }
+    )
+    config.network = ml_collections.ConfigDict(
+        {
+            "name": "dit",  # dit | unet
+            "dtype": "float32",  # of the computation: float32 | bfloat16
+            "remat": False,  # recompute blocks in the backward pass
+            "dit": {
+                "patch_size": 2,
+                "hidden_size": 128,
+                "num_layers": 4,
+                "num_heads": 4,
+                "mlp_ratio": 4.0,
+            },
+            "unet": {  # a diffusers UNet2DModel config; its names and defaults
+                "block_out_channels": (32, 64),
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+                "layers_per_block": 2,
+                "attention_head_dim": 8,
+                "norm_num_groups": 32,
+                "resnet_time_scale_shift": "default",
+                "add_attention": True,
+                "dropout": 0.0,
+            },
+        }
+    )
+    config.teacher = ml_collections.ConfigDict(
+        {
+            "source": "train",  # train | checkpoint | mixture
+            "path": "",  # of the checkpoint: a folder with model.json
+            "prediction_type": "v_prediction",
+            "thresholding": "none",  # none | clip | dynamic
+            "guidance_scale": 1.0,  # w; 1 is no guidance
+            "guidance_range": (),  # (w_min, w_max): drawn, and told to the student
+            "label_dropout": 0.1,
+            "mixture": {  # components of the exact teacher, in H x W x C
+                "sample_shape": (1, 1, 2),
+                "means": (),  # a row of H * W * C numbers a component
+                "scales": (),
+            },
+            "training": _training(num_steps=4000, batch_size=128),
+        }
+    )
+    config.student = ml_collections.ConfigDict(
+        {
+            "time_conditioning": "added",  # added | reused (the teacher's time input)
+            "num_half_waves": 2,  # of the target-time embedding
+        }
+    )
+    config.objective = ml_collections.ConfigDict(
+        {
+            "kind": "boot",  # boot | continuous
+            "t_min": 0.01,
+            "t_max": 1.0,
+            "delta": 0.04,
+            "solver": "heun",  # ddim | heun: the teacher's step in the target
+            "weighting": "x0",  # x0 | dt | uniform
+            "boundary_weight": 1.0,
+            "boundary_share": 1.0,  # of the batch
+            "target_network": "online",  # online | ema
+            "time_order": "uniform",  # uniform | progressive
+            "derivative": "jvp",  # jvp | finite_difference, for continuous
+        }
+    )
+    config.distill = _training(num_steps=4000, batch_size=128)
+    config.evaluation = ml_collections.ConfigDict(
+        {
+            "num_images": 2048,
+            "num_real": 10_000,  # at most, of the data's first
+            "batch_size": 512,
+            "features": "pixels",
+            "ddim_steps": (1, 2, 4, 8, 10, 16, 32, 50),
+            "ode_steps": 64,  # of Heun, two teacher calls each
+            "error_times": 16,  # points on the curve of error over target time
+            "error_images": 256,
+            "grid_images": 12,
+            "neighbours": 3,  # k of precision and recall
+            "seed": 1_000_003,
+        }
+    )
+    config.sample = ml_collections.ConfigDict(
+        {
+            "num": 64,
+            "seed": 0,
+            "batch_size": 64,
+            "label": -1,  # -1: every class in turn
+            "guidance_scale": 1.0,  # told to a student that was trained on a range
+            "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
+        }
+    )
+    config.mesh = ml_collections.ConfigDict(
+        {
+            "data": -1,  # devices on the data axis; -1: all that are left
+            "fsdp": 1,  # devices that share the parameters
+            "fsdp_min_size": 2**20,  # smaller arrays are replicated
+        }
+    )
+    config.run = ml_collections.ConfigDict(
+        {
+            "steps_per_dispatch": 0,  # 0: chosen by backend and network
+            "log_every": 100,
+            "checkpoint_every": 1000,
+            "keep_checkpoints": 2,
+            "tensorboard": True,
+            "wandb_project": "",  # needs the extra [wandb]
+            "force": False,  # go on though the workdir's teacher or config differs
+        }
+    )
+    config.lock()
+    return config
+
+
+def schedule_from(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of a config's ``schedule`` section.
+
+    Raises:
+      ConfigError: its name is not known.
+    """
+    name = config["name"]
+    if name not in _SCHEDULE_FIELDS:
+        raise ConfigError(_unknown("schedule.name", name, _SCHEDULE_FIELDS))
+    try:
+        return get_schedule(name, **schedule_options(config))
+    except ValueError as error:
+        raise ConfigError(f"schedule: {error}") from error
+
+
+def schedule_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config's ``schedule`` section that its schedule has."""
+    return {key: config[key] for key in _SCHEDULE_FIELDS[config["name"]]}
+
+
+def objective_from(config: Mapping[str, Any]) -> Objective:
+    """The objective of a config's ``objective`` section.
+
+    Raises:
+      ConfigError: a choice is not known, or the times make no sense.
+    """
+    try:
+        return Objective(**dict(config))
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from error
+
+
+def _unknown(field: str, value: Any, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{field} is {value!r}, but must be one of {', '.join(names)}{hint}"
+
+
+def _check_choices(config: Any) -> None:
+    for field, value, known in (
+        ("teacher.source", config.teacher.source, TEACHER_SOURCES),
+        ("teacher.prediction_type", config.teacher.prediction_type, PREDICTION_TYPES),
+        ("teacher.thresholding", config.teacher.thresholding, THRESHOLDING),
+        ("network.name", config.network.name, NETWORKS),
+        ("network.dtype", config.network.dtype, ("float32", "bfloat16")),
+        (
+            "student.time_conditioning",
+            config.student.time_conditioning,
+            TIME_CONDITIONINGS,
+        ),
+        (
+            "teacher.training.decay",
+            config.teacher.training.decay,
+            LEARNING_RATE_DECAYS,
+        ),
+        ("distill.decay", config.distill.decay, LEARNING_RATE_DECAYS),
+    ):
+        if value not in known:
+            raise ConfigError(_unknown(field, value, known))
+
+
+def _check_positive(config: Any) -> None:
+    for path in (
+        "teacher.training.num_steps",
+        "teacher.training.batch_size",
+        "teacher.training.learning_rate",
+        "distill.num_steps",
+        "distill.batch_size",
+        "distill.learning_rate",
+        "evaluation.num_images",
+        "evaluation.batch_size",
+        "evaluation.ode_steps",
+        "sample.num",
+        "sample.batch_size",
+        "run.log_every",
+        "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "mesh.fsdp",
+    ):
+        value = config
+        for part in path.split("."):
+            value = value[part]
+        if value <= 0:
+            raise ConfigError(f"{path} is {value}, but must be positive")
+
+
+def _check_guidance(config: Any) -> None:
+    teacher, conditional = config.teacher, config.data.labels
+    guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
+    if teacher.source == "train" and guided and not conditional:
+        raise ConfigError(
+            "guidance needs a class-conditional teacher: set data.labels=True, or "
+            "teacher.guidance_scale=1.0 and an empty teacher.guidance_range"
+        )
+    drawn = tuple(teacher.guidance_range)
+    if drawn and (len(drawn) != 2 or not drawn[0] <= drawn[1]):
+        raise ConfigError(
+            f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
+        )
+
+
+def validate(config: Any) -> None:
+    """Checks a config as a whole, before anything is written or compiled.
+
+    Raises:
+      ConfigError: the first thing that is wrong, in one line.
+    """
+    _check_choices(config)
+    _check_positive(config)
+    _check_guidance(config)
+    schedule_from(config.schedule)
+    objective_from(config.objective)
+    mixture = config.teacher.mixture
+    if config.teacher.source == "mixture" and (
+        not mixture.means or len(mixture.means) != len(mixture.scales)
+    ):
+        raise ConfigError(
+            f"teacher.mixture has {len(mixture.means)} means and "
+            f"{len(mixture.scales)} scales; as many of each, at least one, are needed"
+        )
+    if config.teacher.source == "train" and not config.data.name:
+        raise ConfigError(
+            "teacher.source is 'train', but data.name is empty; name the images to "
+            "train on (digits, folder or tfds:NAME)"
+        )
+    if config.teacher.source == "checkpoint" and not config.teacher.path:
+        raise ConfigError(
+            "teacher.source is 'checkpoint', but teacher.path is empty; "
+            "give the folder that holds model.json"
+        )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as it is kept in a workdir."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields that make two configs different runs, as ``path: old -> new``.
+
+    `FREE_SECTIONS` and the title do not count, nor does ``num_steps``: a run may be
+    evaluated otherwise, moved to another mesh, or go on for longer.
+    """
+    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{path}: {old_fields.get(path)!r} -> {new_fields.get(path)!r}"
+        for path in sorted(old_fields | new_fields)
+        if old_fields.get(path) != new_fields.get(path)
+        and path.split(".")[0] not in (*FREE_SECTIONS, "title")
+        and not path.endswith(".num_steps")
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.loads(json.dumps(value))

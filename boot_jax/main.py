@@ -1,0 +1,78 @@
+"""The command: ``python -m boot_jax.main --config=configs/digits.py``.
+
+Flags become a config, the config becomes one mode. Whatever a user can mend ends in one
+line on the terminal and exit code 2.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run; see configs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; runs/ and the config's name if not given."
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "all",
+    ["all", "teacher", "distill", "sample", "evaluate"],
+    "What to do; all does whatever is missing, and the report.",
+)
+_NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
+_SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; gives the exit code.
+
+    0: done. 1: a loss was not finite. 2: something to mend, said in one line.
+    """
+    try:
+        rest = flags.FLAGS(list(sys.argv if arguments is None else arguments))
+        if len(rest) > 1:
+            raise flags.Error(f"{rest[1]!r} is not a flag; flags begin with --")
+        if _CONFIG.value is None:
+            raise flags.Error("say which run: --config=configs/digits.py, for example")
+    except (AttributeError, KeyError) as error:
+        hint = str(error).replace("\\n", ". ")
+        return _refuse("the config has no field " + re.sub(r"[\\\"']+", "'", hint))
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        return _refuse(" ".join(str(error).split()))
+    # After the flags, so that a misspelt one is answered at once.
+    from boot_jax import pipeline
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        print(pipeline.execute(_MODE.value, _config(), _workdir()))
+    except pipeline.USER_ERRORS as error:
+        return _refuse(str(error))
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _config() -> Any:
+    config = _CONFIG.value
+    for name, value in (("num", _NUM.value), ("seed", _SEED.value)):
+        if value is not None:
+            config.sample[name] = value
+    return config
+
+
+def _workdir() -> str:
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    return _WORKDIR.value or f"runs/{pathlib.Path(path).stem}"
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

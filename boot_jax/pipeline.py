@@ -1,0 +1,195 @@
+"""The modes of the command: what each does, from a config and a workdir.
+
+teacher   train the teacher, where the config says so
+distill   train the student
+sample    images from the student
+evaluate  compare both, and write the report
+all       whatever of the first two is missing, then evaluate (the default)
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from boot_jax import config as config_lib
+from boot_jax import data as data_lib
+from boot_jax import sampling, sharding, summary
+from boot_jax.evaluation import paired
+from boot_jax.evaluation.features import get_features
+from boot_jax.models.weights import WeightsError
+from boot_jax.run import Run
+from boot_jax.teachers.base import TeacherError
+from boot_jax.teachers.mixture import sample_mixture
+from boot_jax.training.checkpoints import CheckpointError, Checkpoints
+from boot_jax.training.run import state_template, train
+from boot_jax.training.state import TrainState
+from boot_jax.training.step import distillation_loss
+from boot_jax.workdir import WorkdirError, open_workdir
+
+#: What a user can mend; `boot_jax.main` answers each in one line.
+USER_ERRORS = (
+    CheckpointError,
+    config_lib.ConfigError,
+    data_lib.DataError,
+    sharding.MeshError,
+    TeacherError,
+    WeightsError,
+    WorkdirError,
+)
+
+
+def distill(run: Run) -> TrainState:
+    """Trains the student to the end, or reads it if it is trained."""
+    config, teacher = run.config, run.teacher
+    training = config.distill
+    sharding.check_batch_size("distill.batch_size", training.batch_size, run.mesh)
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    frozen = sharding.place(
+        teacher.params,
+        sharding.parameter_shardings(
+            teacher.params, run.mesh, config.mesh.fsdp_min_size
+        ),
+    )
+    return train(
+        run.workdir,
+        "student",
+        loss=distillation_loss(
+            signal=run.student.signal,
+            denoise=run.denoise,
+            schedule=teacher.schedule,
+            objective=run.objective,
+            conditions=run.conditions,
+            sample_shape=teacher.sample_shape,
+            batch_size=training.batch_size,
+            batch_sharding=sharding.batch_sharding(run.mesh),
+        ),
+        init=run.student.init,
+        frozen=frozen,
+        batches=None,
+        key=jax.random.fold_in(key, 2**31),
+        training=training,
+        run=config.run,
+        mesh=run.mesh,
+        fsdp_min_size=config.mesh.fsdp_min_size,
+        network=config.network.name,
+        metadata=run.metadata,
+    )
+
+
+def trained_pair(run: Run) -> paired.Pair:
+    """The student of the newest checkpoint, and its teacher.
+
+    Raises:
+      CheckpointError: there is none, or it is of another run.
+    """
+    checkpoints = Checkpoints(
+        run.workdir / "checkpoints", run.metadata, force=run.config.run.force
+    )
+    template = state_template(
+        run.student.init, run.config.distill, run.mesh, run.config.mesh.fsdp_min_size
+    )
+    state = checkpoints.restore(template)
+    checkpoints.close()
+    scale = run.config.sample.guidance_scale if run.guidance_range else None
+    return paired.Pair(
+        signal=run.student.signal,
+        params=state.ema_params,
+        denoise=run.denoise,
+        teacher=run.teacher,
+        objective=run.objective,
+        guidance_scale=scale,
+    )
+
+
+def sample(run: Run) -> pathlib.Path:
+    """Writes images of the student: one grid, and each alone.
+
+    Image ``i`` of a seed is the same whatever the batch size or the number of devices.
+    With ``sample.interpolate_to`` they lie on the great circle between image 0 of
+    either seed.
+
+    Returns:
+      The folder, under ``samples`` in the workdir.
+    """
+    options, pair = run.config.sample, trained_pair(run)
+    noise, name = pair.noise(options.seed), f"seed_{options.seed}"
+    if options.interpolate_to >= 0:
+        name += f"_to_{options.interpolate_to}"
+        first = np.zeros(1, int)
+        ends = noise(first)[0], pair.noise(options.interpolate_to)(first)[0]
+        steps = max(options.num - 1, 1)
+
+        def noise(indices: np.ndarray) -> Array:
+            return sampling.slerp(*ends, jnp.asarray(indices / steps, jnp.float32))
+
+    def condition(indices: np.ndarray) -> Any:
+        # Between two seeds everything else is held.
+        held = np.zeros_like(indices) if options.interpolate_to >= 0 else indices
+        return pair.condition(held, options.label)
+
+    images = sampling.generate(
+        pair.student(), noise, condition, options.num, options.batch_size, run.mesh
+    ).images
+    folder = run.workdir / "samples" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    summary.save_images(folder, images)
+    return folder
+
+
+def evaluate(run: Run) -> pathlib.Path:
+    """Compares student and teacher; writes ``results.json`` and ``report.html``.
+
+    Returns:
+      The report's path.
+    """
+    pair, options = trained_pair(run), run.config.evaluation
+    try:
+        features = get_features(options.features, run.teacher.sample_shape)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"evaluation.features: {error}") from error
+    real, provenance = _real_images(run)
+    watch = summary.Stopwatch()
+    results, rows = paired.compare(
+        pair, options, features, real, run.mesh, progress=watch.progress
+    )
+    results["data"] = provenance
+    return summary.write(run.workdir, run.config, results, rows, pair, watch.seconds())
+
+
+def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
+    """What the samples are scored against, and where it comes from."""
+    most = run.config.evaluation.num_real
+    if run.dataset is not None:
+        count = min(most, len(run.dataset))
+        return run.dataset.images(np.arange(count)), run.dataset.provenance
+    if run.config.teacher.source == "mixture":
+        key = jax.random.key(run.config.evaluation.seed, impl="threefry2x32")
+        images = sample_mixture(run.teacher, key, most)
+        return np.asarray(images), f"{most} exact samples of the mixture"
+    return None, "the teacher's own ODE samples: the config names no data"
+
+
+def execute(mode: str, config: Any, workdir: str) -> str:
+    """Runs one mode of the command; gives the line to print at its end.
+
+    Raises:
+      ValueError: one of `USER_ERRORS`, for what a user can mend.
+      FloatingPointError: a loss or gradient is not finite.
+    """
+    config_lib.validate(config)
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
+    run = Run(config, open_workdir(workdir, config), mesh)
+    if mode == "teacher":
+        _ = run.teacher
+        return f"teacher: {run.workdir / 'teacher'}"
+    if mode == "sample":
+        return f"samples: {sample(run)}"
+    if mode in ("all", "distill"):
+        distill(run)
+    if mode == "distill":
+        return f"student: {run.workdir / 'checkpoints'}"
+    return f"report: {evaluate(run)}"

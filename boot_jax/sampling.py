@@ -1,0 +1,182 @@
+"""Generation: one call of the student, or many of the teacher; one key per image.
+
+Image ``i`` of a seed starts from the noise of ``fold_in(key(seed), i)``, so it does not
+depend on the batch size or on the number of devices.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from boot_jax.config import ConfigError
+from boot_jax.guidance import SCALE_KEY, Denoiser
+from boot_jax.objectives import Objective, Signal
+from boot_jax.prediction import expand
+from boot_jax.schedules import NoiseSchedule
+from boot_jax.sharding import batch_sharding, place
+from boot_jax.solvers import ddim_step, heun_step, time_grid
+
+#: ``generate(eps [B, H, W, C], condition) -> images [B, H, W, C]``.
+Generator = Callable[[Array, Any], Array]
+
+
+def image_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
+    """Starting noise ``[len(indices), *sample_shape]``, one key per image."""
+    key = jax.random.key(seed)
+
+    def one(index: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, index), sample_shape)
+
+    return jax.vmap(one)(jnp.asarray(indices, jnp.uint32))
+
+
+def slerp(start: Array, end: Array, weights: Array) -> Array:
+    """Spherical interpolation between two noises, ``[len(weights), ...]``.
+
+    Along the great circle the norm of Gaussian noise is kept, which a straight line
+    would lose (Shoemake, *Animating rotation with quaternion curves*, 1985).
+    """
+    cosine = jnp.vdot(start, end) / (jnp.linalg.norm(start) * jnp.linalg.norm(end))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    weights = expand(weights, jnp.broadcast_to(start, (1, *start.shape)))
+    from_start = jnp.sin((1 - weights) * angle) * start[None]
+    return (from_start + jnp.sin(weights * angle) * end[None]) / jnp.sin(angle)
+
+
+def conditions_for(
+    indices: np.ndarray,
+    num_classes: int | None,
+    *,
+    label: int = -1,
+    guidance_scale: float | None = None,
+) -> Any:
+    """The condition of given images: one label, or (``-1``) every class in turn.
+
+    Args:
+      indices: ``[B]`` of the images.
+      num_classes: of the teacher; None gives None.
+      label: the class of all, or -1.
+      guidance_scale: told to a student that was trained on a range; None for others.
+
+    Raises:
+      ConfigError: there is no such class.
+    """
+    if num_classes is None:
+        return None
+    if not -1 <= label < num_classes:
+        raise ConfigError(
+            f"sample.label is {label}, but the classes are 0 to {num_classes - 1} "
+            "(-1 for each in turn)"
+        )
+    labels = indices % num_classes if label == -1 else np.full(len(indices), label)
+    condition = {"label": labels.astype(np.int32)}
+    if guidance_scale is not None:
+        condition[SCALE_KEY] = np.full(len(indices), guidance_scale, np.float32)
+    return condition
+
+
+def one_step(signal: Signal, params: Any, objective: Objective) -> Generator:
+    """The student: ``y_theta(eps, t_min)``, one call of the network."""
+    call = jax.jit(
+        lambda params, eps, condition: signal(
+            params, eps, jnp.full(eps.shape[:1], objective.t_min, eps.dtype), condition
+        )
+    )
+    return lambda eps, condition: call(params, eps, condition)
+
+
+def many_steps(
+    denoise: Denoiser,
+    params: Any,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    t_max: float = 1.0,
+    solver: str = "ddim",
+) -> Generator:
+    """The teacher's sampler, from ``t_max`` to 0 on a uniform grid.
+
+    The steps are dispatched one by one: one short program serves every number of steps,
+    and convolutions on CPU keep all cores, which they lose inside a compiled loop.
+    """
+    steps = _teacher_steps(denoise, schedule)
+    times = np.asarray(time_grid(num_steps, t_max))
+
+    def generate(eps: Array, condition: Any) -> Array:
+        x_t = eps * float(schedule.prior_scale(jnp.asarray(times[0])))
+        for index in range(num_steps):
+            # The last step ends at clean data, where Heun's second call has no use.
+            name = "ddim" if index == num_steps - 1 else solver
+            x_t = steps[name](params, x_t, times[index], times[index + 1], condition)
+        return x_t
+
+    return generate
+
+
+@functools.lru_cache(maxsize=8)
+def _teacher_steps(
+    denoise: Denoiser, schedule: NoiseSchedule
+) -> dict[str, Callable[..., Array]]:
+    def compiled(step: Callable[..., Array]) -> Callable[..., Array]:
+        def run(params: Any, x_t: Array, t: Array, s: Array, condition: Any) -> Array:
+            t, s = (jnp.broadcast_to(end, x_t.shape[:1]) for end in (t, s))
+            return step(
+                lambda x, t: denoise(params, x, t, condition), schedule, x_t, t, s
+            )
+
+        return jax.jit(run)
+
+    return {"ddim": compiled(ddim_step), "heun": compiled(heun_step)}
+
+
+class Generated(NamedTuple):
+    """Images ``[num, H, W, C]`` float32, and the seconds of one."""
+
+    images: np.ndarray
+    seconds_per_image: float
+
+
+def generate(
+    generator: Generator,
+    noise: Callable[[np.ndarray], Array],
+    condition: Callable[[np.ndarray], Any],
+    num: int,
+    batch_size: int,
+    mesh: Mesh,
+) -> Generated:
+    """``num`` images on the host, in batches that are spread over the mesh.
+
+    Args:
+      generator: of `one_step` or `many_steps`.
+      noise: maps image indices to starting noise.
+      condition: maps image indices to the batch's condition.
+      num: how many.
+      batch_size: of a batch; rounded up so that the devices share it evenly. The last
+        batch is filled up and cut, so that there is one compilation.
+      mesh: of `boot_jax.sharding.create_mesh`.
+
+    Returns:
+      The images on the host, and the seconds that the generator took for each, without
+      its compilation, the drawing of noise and the transfer.
+    """
+    batch_size = -(-min(batch_size, num) // mesh.size) * mesh.size
+    sharding = batch_sharding(mesh)
+    images, seconds = [], 0.0
+    for start in range(0, num, batch_size):
+        indices = np.arange(start, start + batch_size)
+        eps, given = place((noise(indices), condition(indices)), sharding)
+        if start == 0:
+            jax.block_until_ready(generator(eps, given))  # compiles
+        before = time.perf_counter()
+        batch = jax.block_until_ready(generator(eps, given))
+        seconds += time.perf_counter() - before
+        images.append(np.asarray(jax.device_get(batch), np.float32))
+    total = len(images) * batch_size
+    return Generated(np.concatenate(images)[:num], seconds / total)

@@ -1,0 +1,157 @@
+"""What a finished run shows: ``results.json``, the report, and the table it prints."""
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from boot_jax.evaluation import paired, plots, report
+from boot_jax.sampling import generate
+from boot_jax.training.logs import read_metrics
+from boot_jax.workdir import write_text
+
+_PACKAGES = ("boot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a figure depends on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+class Stopwatch:
+    """Says on the terminal what is being done, and how long all of it took."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def progress(self, text: str) -> None:
+        """Names what begins now."""
+        if jax.process_index() == 0:
+            print(f"evaluate: {text}", file=sys.stderr)
+
+    def seconds(self) -> float:
+        """Since the watch was made."""
+        return time.perf_counter() - self._start
+
+
+def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
+    """Writes ``grid.png`` and ``00000.png``, ``00001.png``, ... into a folder.
+
+    Args:
+      folder: it exists.
+      images: ``[N, H, W, C]`` in [-1, 1], one or three channels.
+    """
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = {
+        str(start): images[start : start + columns]
+        for start in range(0, len(images), columns)
+    }
+    (folder / "grid.png").write_bytes(plots.encode_png(plots.image_grid(rows)))
+    for index, image in enumerate(plots.to_uint8(images)):
+        single = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        single.save(folder / f"{index:05d}.png")
+
+
+def training_seconds(directory: pathlib.Path) -> float:
+    """What a training took in all its sessions, out of its ``metrics.jsonl``."""
+    return sum(row.get("seconds", 0.0) for row in read_metrics(directory))
+
+
+def write(
+    workdir: pathlib.Path,
+    config: Any,
+    results: dict[str, Any],
+    rows: Mapping[str, np.ndarray],
+    pair: paired.Pair,
+    evaluation_seconds: float,
+) -> pathlib.Path:
+    """Writes ``results.json``, the grid and ``report.html``; prints a table.
+
+    Args:
+      workdir: where to.
+      config: of the run.
+      results, rows: of `paired.compare`.
+      pair: who was compared; a two-dimensional one gets a plot of its map.
+      evaluation_seconds: what the comparison took.
+
+    Returns:
+      The report's path.
+    """
+    results["seconds"] = {
+        "teacher": training_seconds(workdir / "teacher"),
+        "distill": training_seconds(workdir),
+        "evaluate": evaluation_seconds,
+    }
+    results["versions"] = versions()
+    results["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    images = _figures(workdir, results, rows, pair)
+    path = workdir / "report.html"
+    if jax.process_index() == 0:
+        text = json.dumps(results, indent=2, allow_nan=False)
+        write_text(workdir / "results.json", text + "\n")
+        report.write_report(
+            path,
+            title=config.title,
+            results=results,
+            images=images,
+            config=config.to_dict(),
+        )
+        print(f"\n{report.summary_table(results)}\n")
+    return path
+
+
+def _figures(
+    workdir: pathlib.Path,
+    results: Mapping[str, Any],
+    rows: Mapping[str, np.ndarray],
+    pair: paired.Pair,
+) -> dict[str, bytes]:
+    figures: dict[str, bytes] = {}
+    if pair.teacher.sample_shape == (1, 1, 2):
+        figures["where each noise goes: exact ODE and student"] = _map(pair)
+    else:
+        grid = plots.encode_png(plots.image_grid(rows))
+        (workdir / "samples").mkdir(exist_ok=True)
+        (workdir / "samples" / "grid.png").write_bytes(grid)
+        figures["the same noise in each column"] = grid
+    ddim = results["teacher"]["ddim"]
+    figures["quality against teacher steps"] = plots.quality_against_steps(
+        [int(steps) for steps in ddim],
+        [scores["frechet_distance"] for scores in ddim.values()],
+        {"student, 1 step": results["student"]["frechet_distance"]},
+        results["features"],
+    )
+    curve = results["error_over_time"]
+    figures["error of the student over target time"] = plots.error_over_time(
+        curve["times"], {"student": curve["student"]}
+    )
+    for name, folder in (("student", workdir), ("teacher", workdir / "teacher")):
+        if metrics := read_metrics(folder):
+            steps = [row["step"] for row in metrics]
+            losses = [row["loss"] for row in metrics]
+            title = f"loss of the {name}"
+            figures[title] = plots.loss_curve(steps, losses, title)
+    return figures
+
+
+def _map(pair: paired.Pair, num: int = 600, seed: int = 5) -> bytes:
+    """The student's map beside the exact one, for two-dimensional data."""
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+    noise = pair.noise(seed)
+    exact, student = (
+        generate(sampler, noise, pair.condition, num, num, mesh).images
+        for sampler in (pair.sampler(128, "heun"), pair.student())
+    )
+    start = np.asarray(noise(np.arange(num)))
+    flat = (points.reshape(num, 2) for points in (start, exact, student))
+    return plots.map_scatter(*flat)

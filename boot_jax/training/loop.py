@@ -1,0 +1,88 @@
+"""The only loop; both trainings use it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import Array
+
+from boot_jax.training.checkpoints import Checkpoints
+from boot_jax.training.logs import Logger
+from boot_jax.training.state import TrainState
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]],
+    *,
+    frozen: Any,
+    batches: Iterator[Any] | None,
+    key: Array,
+    num_steps: int,
+    steps_per_dispatch: int,
+    checkpoint_every: int,
+    checkpoints: Checkpoints,
+    logger: Logger,
+) -> TrainState:
+    """Runs ``train_step`` until ``num_steps``, saving and logging on the way.
+
+    The metrics of a dispatch are read after the next one is under way, so that the
+    device never waits for the host; a state is saved only once they are known to be
+    finite.
+
+    Args:
+      state: where to start; donated.
+      train_step: of `boot_jax.training.step.make_train_step`.
+      frozen: its second argument.
+      batches: its third argument for each dispatch in turn; None for None.
+      key: its fourth argument.
+      num_steps, steps_per_dispatch, checkpoint_every: in steps, the first two and the
+        start multiples of the second.
+      checkpoints, logger: where to save and what to tell.
+
+    Returns:
+      The last state, saved.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite.
+    """
+    pending: tuple[int, dict[str, Array]] | None = None
+    for start in range(int(state.step), num_steps, steps_per_dispatch):
+        batch = None if batches is None else next(batches)
+        state, metrics = train_step(state, frozen, batch, key)
+        if pending is not None:
+            logger.write(*pending)
+        end = start + steps_per_dispatch
+        pending = end, metrics
+        if end % checkpoint_every == 0 or end == num_steps:
+            logger.write(*pending)
+            pending = None
+            checkpoints.save(state)
+    checkpoints.wait()
+    return state
+
+
+def dispatch_length(wanted: int, *counts: int) -> int:
+    """The steps in a dispatch: the largest up to ``wanted`` that divides all counts.
+
+    Args:
+      wanted: the most steps in one dispatch.
+      *counts: the length of the run, its start, and the steps between checkpoints.
+
+    >>> dispatch_length(30, 4000, 1000, 0)
+    25
+    """
+    common = math.gcd(*counts)
+    most = min(wanted, common)
+    return next(length for length in range(most, 0, -1) if common % length == 0)
+
+
+def default_dispatch(network_name: str) -> int:
+    """The steps per dispatch that suit the backend: enough to hide the host's work.
+
+    But on CPU, XLA runs a convolution inside a loop on one thread, several times
+    slower.
+    """
+    slow = jax.default_backend() == "cpu" and network_name == "unet"
+    return 1 if slow else 20

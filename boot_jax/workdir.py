@@ -1,0 +1,66 @@
+"""The folder of a run: whose it is, and what is in it."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from boot_jax import config as config_lib
+
+
+class WorkdirError(ValueError):
+    """A workdir that cannot be written, or that belongs to another run."""
+
+
+def open_workdir(
+    path: str | pathlib.Path, config: Any
+) -> pathlib.Path:
+    """Makes the folder, or finds that it is this config's; writes ``config.json``.
+
+    Nothing is written over before both are known.
+
+    Raises:
+      WorkdirError: it cannot be written, or it belongs to another config and
+        ``run.force`` is not set.
+    """
+    folder = pathlib.Path(path).absolute()
+    kept = folder / "config.json"
+    try:
+        if kept.exists():
+            _check_owner(folder, json.loads(kept.read_text()), config)
+        elif folder.exists() and any(folder.iterdir()) and not config.run.force:
+            raise WorkdirError(
+                f"{folder} is not empty and not a workdir of boot_jax; choose another "
+                "--workdir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_text(kept, config_lib.to_json(config))
+    except json.JSONDecodeError as error:
+        raise WorkdirError(
+            f"{kept} cannot be read ({error}); choose another --workdir"
+        ) from error
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to the workdir {folder} ({error.strerror}); choose another "
+            "--workdir"
+        ) from error
+    return folder
+
+
+def _check_owner(folder: pathlib.Path, old: Any, config: Any) -> None:
+    changed = config_lib.differences(old, config.to_dict())
+    if changed and not config.run.force:
+        shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
+        raise WorkdirError(
+            f"{folder} belongs to another config ({shown}); choose another --workdir, "
+            "or --config.run.force=True to go on all the same"
+        )
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

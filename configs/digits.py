@@ -1,0 +1,27 @@
+"""Handwritten digits: the demo. A teacher is trained, then distilled without data.
+
+python -m boot_jax.main --config=configs/digits.py
+"""
+
+from boot_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.title = "Digits: a diffusion transformer in one step"
+    config.data.name = "digits"
+    config.network.name = "dit"
+    config.network.dit = {
+        "patch_size": 4,
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "mlp_ratio": 4.0,
+    }
+    config.teacher.training.num_steps = 4000
+    config.teacher.training.learning_rate = 2e-3
+    config.objective.kind = "continuous"
+    config.objective.boundary_weight = 0.0
+    config.distill.num_steps = 4000
+    config.run.checkpoint_every = 500
+    return config
