@@ -154,6 +154,8 @@ def default_config() -> Any:
             "target_network": "online",  # online | ema
             "time_order": "uniform",  # uniform | progressive
             "derivative": "jvp",  # jvp | finite_difference, for continuous
+            "adaptive_power": 0.0,  # 1 bounds every image's pull on the student
+            "adaptive_offset": 0.01,
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)

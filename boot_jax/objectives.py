@@ -35,6 +35,14 @@ Divided by ``k``, the difference in L_BS is the one between the *implied image*
 and eq. (5) is the boundary condition; elsewhere the boundary loss is added all the
 same.
 
+**Adaptive weights.** Early on, ``dy_theta / dt`` can run away before the student has
+learned to follow it, and the damage to the weights it started from stays. Dividing each
+image's distance ``d`` by its own size bounds every image's pull:
+
+    d <- d / SG[d + c]^p                                                        (6)
+
+(the adaptive weights of MeanFlow, arXiv 2505.13447).
+
 The losses are pure: no state, no globals, nothing but arrays and the two functions
 
     denoise(params, x_t, t, condition) -> x_0        the teacher
@@ -91,6 +99,8 @@ class Objective:
       time_order: ``uniform``, or ``progressive`` from ``t_max`` down, which accumulates
         errors and is here to show that.
       derivative: ``jvp`` or ``finite_difference``, for ``continuous``.
+      adaptive_power: ``p`` of eq. (6); 0 turns it off.
+      adaptive_offset: ``c`` of eq. (6), in units of the distance; positive.
       distance: between images, ``[B]``; the squared error when not given.
     """
 
@@ -105,6 +115,8 @@ class Objective:
     target_network: str = "online"
     time_order: str = "uniform"
     derivative: str = "jvp"
+    adaptive_power: float = 0.0
+    adaptive_offset: float = 0.01
     distance: Distance = squared_error
 
     def __post_init__(self) -> None:
@@ -129,6 +141,11 @@ class Objective:
             raise ValueError(
                 f"delta is {self.delta}; it must lie between 0 and "
                 f"t_max - t_min = {self.t_max - self.t_min:g}"
+            )
+        if self.adaptive_power < 0 or self.adaptive_offset <= 0:
+            raise ValueError(
+                f"adaptive_power is {self.adaptive_power} and adaptive_offset is "
+                f"{self.adaptive_offset}; at least 0, and positive, are needed"
             )
         if self.boundary_weight < 0 or not 0 < self.boundary_share <= 1:
             raise ValueError(
@@ -208,7 +225,8 @@ def boot_loss(
         "dt": (k / objective.delta) ** 2,
         "uniform": k**2,
     }[objective.weighting]
-    loss = jnp.mean(weight * objective.distance(implied, stop_gradient(x_0)))
+    distance = _distance(objective, implied, stop_gradient(x_0))
+    loss = jnp.mean(weight * distance)
     return _with_boundary(
         loss,
         params,
@@ -257,7 +275,7 @@ def continuous_loss(
     target = stop_gradient(x_0 + expand(schedule.dt_dlambda(t), slope) * slope)
     if target_params is not None:
         y_t = signal(params, eps, t, condition)
-    loss = jnp.mean(objective.distance(y_t, target))
+    loss = jnp.mean(_distance(objective, y_t, target))
     return _with_boundary(
         loss,
         params,
@@ -273,6 +291,15 @@ def continuous_loss(
 
 #: The losses by ``objective.kind``; all of one signature.
 LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
+
+
+def _distance(objective: Objective, images: Array, targets: Array) -> Array:
+    """The distance of each image, ``[B]``, under the adaptive weights of eq. (6)."""
+    distance = objective.distance(images, targets)
+    if objective.adaptive_power == 0:
+        return distance
+    size = stop_gradient(distance) + objective.adaptive_offset
+    return distance / size**objective.adaptive_power
 
 
 def _close(

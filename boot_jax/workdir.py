@@ -13,9 +13,7 @@ class WorkdirError(ValueError):
     """A workdir that cannot be written, or that belongs to another run."""
 
 
-def open_workdir(
-    path: str | pathlib.Path, config: Any
-) -> pathlib.Path:
+def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
     """Makes the folder, or finds that it is this config's; writes ``config.json``.
 
     Nothing is written over before both are known.

@@ -21,7 +21,8 @@ def get_config():
     config.teacher.training.num_steps = 4000
     config.teacher.training.learning_rate = 2e-3
     config.objective.kind = "continuous"
-    config.objective.boundary_weight = 0.0
-    config.distill.num_steps = 4000
+    config.objective.boundary_weight = 0.0  # contained in eq. 5, since alpha(1) = 0
+    config.objective.adaptive_power = 1.0
+    config.distill.num_steps = 5000
     config.run.checkpoint_every = 500
     return config

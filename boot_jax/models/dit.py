@@ -6,6 +6,7 @@ factors that start at zero, and so is the last layer, so that a new network is t
 function.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -212,7 +213,6 @@ def _dense(features: int, name: str, dtype: DTypeLike, init: Any = _XAVIER) -> n
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-def _norm(name: str, dtype: DTypeLike) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, name=name
-    )
+def _norm(name: str, dtype: DTypeLike) -> Callable[[Array], Array]:
+    norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, name=name)
+    return lambda x: norm(x.astype(jnp.float32)).astype(dtype)
