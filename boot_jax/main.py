@@ -5,6 +5,7 @@ line on the terminal and exit code 2.
 """
 
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any

@@ -8,6 +8,7 @@ all       whatever of the first two is missing, then evaluate (the default)
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,19 +118,14 @@ def sample(run: Run) -> pathlib.Path:
     """
     options, pair = run.config.sample, trained_pair(run)
     noise, name = pair.noise(options.seed), f"seed_{options.seed}"
-    if options.interpolate_to >= 0:
+    between = options.interpolate_to >= 0
+    if between:
+        noise = _great_circle(pair, options)
         name += f"_to_{options.interpolate_to}"
-        first = np.zeros(1, int)
-        ends = noise(first)[0], pair.noise(options.interpolate_to)(first)[0]
-        steps = max(options.num - 1, 1)
-
-        def noise(indices: np.ndarray) -> Array:
-            return sampling.slerp(*ends, jnp.asarray(indices / steps, jnp.float32))
 
     def condition(indices: np.ndarray) -> Any:
         # Between two seeds everything else is held.
-        held = np.zeros_like(indices) if options.interpolate_to >= 0 else indices
-        return pair.condition(held, options.label)
+        return pair.condition(indices * (not between), options.label)
 
     images = sampling.generate(
         pair.student(), noise, condition, options.num, options.batch_size, run.mesh
@@ -138,6 +134,18 @@ def sample(run: Run) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     summary.save_images(folder, images)
     return folder
+
+
+def _great_circle(pair: paired.Pair, options: Any) -> Callable[[np.ndarray], Array]:
+    """Noise from image 0 of one seed to image 0 of the other, by image index."""
+    first = np.zeros(1, int)
+    start, end = (
+        pair.noise(seed)(first)[0] for seed in (options.seed, options.interpolate_to)
+    )
+    steps = max(options.num - 1, 1)
+    return lambda indices: sampling.slerp(
+        start, end, jnp.asarray(indices / steps, jnp.float32)
+    )
 
 
 def evaluate(run: Run) -> pathlib.Path:

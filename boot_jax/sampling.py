@@ -76,7 +76,7 @@ def conditions_for(
             "(-1 for each in turn)"
         )
     labels = indices % num_classes if label == -1 else np.full(len(indices), label)
-    condition = {"label": labels.astype(np.int32)}
+    condition: dict[str, np.ndarray] = {"label": labels.astype(np.int32)}
     if guidance_scale is not None:
         condition[SCALE_KEY] = np.full(len(indices), guidance_scale, np.float32)
     return condition

@@ -20,21 +20,22 @@ Where ``sigma = 0`` or ``alpha = 0``, ``lambda`` is minus or plus infinity, on p
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-#: The number of time units of a network that was not given one: times 0 to 1000.
-DEFAULT_TIME_UNITS = 1000.0
-
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule(abc.ABC):
     """What every schedule offers; a new one implements the abstract methods."""
+
+    #: Whether ``alpha^2 + sigma^2 = 1`` at all times.
+    variance_preserving: ClassVar[bool] = True
 
     @abc.abstractmethod
     def alpha(self, t: Array) -> Array:
@@ -74,12 +75,7 @@ class NoiseSchedule(abc.ABC):
 
     def time_input(self, t: Array) -> Array:
         """The time that a network is told, in its own units: 0 to 1000 by default."""
-        return DEFAULT_TIME_UNITS * t
-
-    @property
-    def variance_preserving(self) -> bool:
-        """Whether ``alpha^2 + sigma^2 = 1`` at all times."""
-        return True
+        return 1000 * t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +237,7 @@ class EDMSchedule(NoiseSchedule):
     scaled by ``1 / sqrt(1 + sigma^2)``, for data of unit variance.
     """
 
+    variance_preserving: ClassVar[bool] = False
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
@@ -279,11 +276,6 @@ class EDMSchedule(NoiseSchedule):
         """``1 / sqrt(1 + sigma^2)`` (``c_in`` of Karras et al., unit data variance)."""
         return 1 / jnp.hypot(jnp.ones_like(t), self.sigma(t))
 
-    @property
-    def variance_preserving(self) -> bool:
-        """See the base class."""
-        return False
-
 
 @dataclasses.dataclass(frozen=True)
 class FlowSchedule(NoiseSchedule):
@@ -293,6 +285,7 @@ class FlowSchedule(NoiseSchedule):
     in ``lambda`` a plain sum: ``lambda = log(t / (1 - t)) + log(shift)``.
     """
 
+    variance_preserving: ClassVar[bool] = False
     shift: float = 1.0
 
     def _norm(self, t: Array) -> Array:
@@ -313,11 +306,6 @@ class FlowSchedule(NoiseSchedule):
     def t_from_lambda(self, lambda_t: Array) -> Array:
         """See the base class."""
         return jax.nn.sigmoid(lambda_t - float(np.log(self.shift)))
-
-    @property
-    def variance_preserving(self) -> bool:
-        """See the base class."""
-        return False
 
 
 def discrete_betas(
@@ -346,37 +334,41 @@ def discrete_betas(
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas whose last level has no signal (Lin et al., arXiv 2305.08891, algorithm 1).
-
-    Shifts ``alpha`` so that the last one is 0 and scales it so that the first one
-    stays.
-    """
+    """Betas without a last signal (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    # Shifted so that the last alpha is 0, and scaled so that the first one stays.
     alpha = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     alphas_cumprod = np.concatenate([[1.0], alpha**2])
     return 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
 
 
-def from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
-    """The schedule of a diffusers ``scheduler_config.json`` with discrete betas.
-
-    Reads ``num_train_timesteps``, ``beta_schedule``, ``beta_start``, ``beta_end``,
-    ``trained_betas`` and ``rescale_betas_zero_snr``, with diffusers' defaults.
+def discrete_schedule(
+    *,
+    num_train_timesteps: int = 1000,
+    beta_schedule: str = "linear",
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    trained_betas: Sequence[float] | None = None,
+    rescale_betas_zero_snr: bool = False,
+) -> DiscreteSchedule:
+    """The discrete schedule of diffusers' options, with diffusers' defaults.
 
     Raises:
       ValueError: the beta schedule's name is not known.
     """
-    betas = config.get("trained_betas")
-    if betas is None:
-        betas = discrete_betas(
-            config.get("beta_schedule", "linear"),
-            config.get("num_train_timesteps", 1000),
-            config.get("beta_start", 1e-4),
-            config.get("beta_end", 0.02),
-        )
-    if config.get("rescale_betas_zero_snr", False):
-        betas = rescale_zero_terminal_snr(np.asarray(betas))
-    return DiscreteSchedule(betas=tuple(float(beta) for beta in betas))
+    if trained_betas is None:
+        betas = discrete_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+    else:
+        betas = np.asarray(trained_betas, np.float64)
+    if rescale_betas_zero_snr:
+        betas = rescale_zero_terminal_snr(betas)
+    return DiscreteSchedule(betas=tuple(betas.tolist()))
+
+
+def from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
+    """That of a ``scheduler_config.json``, of which it reads `discrete_schedule`'s."""
+    names = inspect.signature(discrete_schedule).parameters
+    return discrete_schedule(**{key: config[key] for key in names if key in config})
 
 
 #: Schedules by their name in a config, each with its fields as keyword arguments.
@@ -385,7 +377,7 @@ SCHEDULES = {
     "linear_beta": LinearBetaSchedule,
     "edm": EDMSchedule,
     "flow": FlowSchedule,
-    "discrete": lambda **config: from_diffusers(config),
+    "discrete": discrete_schedule,
 }
 
 

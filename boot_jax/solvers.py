@@ -131,8 +131,9 @@ def sample_ode(
 ) -> Array:
     """Follows the teacher's ODE from noise through ``times``, in image space.
 
-    Starts at ``x = prior_scale * eps``. A last step to ``sigma = 0`` gives the
-    teacher's estimate itself, so Heun takes it with one call, as Karras et al. do.
+    Starts at ``x = prior_scale * eps``. The last step, which mostly ends at ``sigma =
+    0``, is a DDIM step for either solver, as in Karras et al.: it gives the teacher's
+    estimate itself.
 
     Args:
       denoise: closed denoiser.

@@ -137,7 +137,7 @@ def _figures(
     )
     for name, folder in (("student", workdir), ("teacher", workdir / "teacher")):
         if metrics := read_metrics(folder):
-            steps = [row["step"] for row in metrics]
+            steps = [int(row["step"]) for row in metrics]
             losses = [row["loss"] for row in metrics]
             title = f"loss of the {name}"
             figures[title] = plots.loss_curve(steps, losses, title)

@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -153,7 +153,9 @@ def make_train_step(
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.ema_params, frozen, batch, key, progress
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Optax raises a float to the power of an integer count.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(
             step=state.step + 1,
@@ -161,7 +163,7 @@ def make_train_step(
             ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
             opt_state=opt_state,
         )
-        metrics = {"loss": value, **metrics, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
         return new, metrics
 
     def train_step(
