@@ -7,7 +7,9 @@ be right; nothing below re-checks it.
 """
 
 import difflib
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +18,7 @@ import ml_collections
 from boot_jax.objectives import Objective
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.schedules import NoiseSchedule, get_schedule
-from boot_jax.student import TIME_CONDITIONINGS
+from boot_jax.student import TIME_CONDITIONINGS, check_conversion
 from boot_jax.training.state import LEARNING_RATE_DECAYS
 
 TEACHER_SOURCES = ("train", "checkpoint", "mixture")
@@ -38,6 +40,33 @@ _SCHEDULE_FIELDS = {
         "rescale_betas_zero_snr",
     ),
 }
+
+
+_CHOICES = {
+    "teacher.source": TEACHER_SOURCES,
+    "teacher.prediction_type": PREDICTION_TYPES,
+    "teacher.thresholding": tuple(THRESHOLDING),
+    "teacher.training.decay": LEARNING_RATE_DECAYS,
+    "network.name": NETWORKS,
+    "network.dtype": ("float32", "bfloat16"),
+    "student.time_conditioning": TIME_CONDITIONINGS,
+    "distill.decay": LEARNING_RATE_DECAYS,
+}
+
+_POSITIVE = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "teacher.training": "num_steps batch_size learning_rate max_grad_norm",
+        "distill": "num_steps batch_size learning_rate max_grad_norm",
+        "student": "num_half_waves",
+        "evaluation": "num_images num_real batch_size ode_steps error_times "
+        "error_images grid_images neighbours",
+        "sample": "num batch_size",
+        "run": "log_every checkpoint_every keep_checkpoints",
+        "mesh": "fsdp",
+    }.items()
+    for name in names.split()
+)
 
 
 class ConfigError(ValueError):
@@ -166,7 +195,7 @@ def default_config() -> Any:
             "batch_size": 512,
             "features": "pixels",
             "ddim_steps": (1, 2, 4, 8, 10, 16, 32, 50),
-            "ode_steps": 64,  # of Heun, two teacher calls each
+            "ode_steps": 80,  # of Heun, two teacher calls each
             "error_times": 16,  # points on the curve of error over target time
             "error_images": 256,
             "grid_images": 12,
@@ -245,58 +274,49 @@ def _unknown(field: str, value: Any, known: Iterable[str]) -> str:
     return f"{field} is {value!r}, but must be one of {', '.join(names)}{hint}"
 
 
+def _field(config: Any, path: str) -> Any:
+    return functools.reduce(lambda tree, name: tree[name], path.split("."), config)
+
+
 def _check_choices(config: Any) -> None:
-    for field, value, known in (
-        ("teacher.source", config.teacher.source, TEACHER_SOURCES),
-        ("teacher.prediction_type", config.teacher.prediction_type, PREDICTION_TYPES),
-        ("teacher.thresholding", config.teacher.thresholding, THRESHOLDING),
-        ("network.name", config.network.name, NETWORKS),
-        ("network.dtype", config.network.dtype, ("float32", "bfloat16")),
-        (
-            "student.time_conditioning",
-            config.student.time_conditioning,
-            TIME_CONDITIONINGS,
-        ),
-        (
-            "teacher.training.decay",
-            config.teacher.training.decay,
-            LEARNING_RATE_DECAYS,
-        ),
-        ("distill.decay", config.distill.decay, LEARNING_RATE_DECAYS),
-    ):
-        if value not in known:
-            raise ConfigError(_unknown(field, value, known))
+    for path, known in _CHOICES.items():
+        if _field(config, path) not in known:
+            raise ConfigError(_unknown(path, _field(config, path), known))
 
 
 def _check_positive(config: Any) -> None:
-    for path in (
-        "teacher.training.num_steps",
-        "teacher.training.batch_size",
-        "teacher.training.learning_rate",
-        "distill.num_steps",
-        "distill.batch_size",
-        "distill.learning_rate",
-        "evaluation.num_images",
-        "evaluation.batch_size",
-        "evaluation.ode_steps",
-        "sample.num",
-        "sample.batch_size",
-        "run.log_every",
-        "run.checkpoint_every",
-        "run.keep_checkpoints",
-        "mesh.fsdp",
-    ):
-        value = config
-        for part in path.split("."):
-            value = value[part]
-        if value <= 0:
-            raise ConfigError(f"{path} is {value}, but must be positive")
+    for path in _POSITIVE:
+        if not _field(config, path) > 0:
+            raise ConfigError(f"{path} is {_field(config, path)}, but must be positive")
+
+
+def _check_training(section: str, training: Any) -> None:
+    for name in ("b1", "b2", "ema_decay", "warmup_steps", "weight_decay"):
+        limit = math.inf if name in ("warmup_steps", "weight_decay") else 1
+        if not 0 <= training[name] < limit:
+            raise ConfigError(
+                f"{section}.{name} is {training[name]}, but must lie in [0, {limit})"
+            )
+
+
+def _check_evaluation(evaluation: Any) -> None:
+    steps = evaluation.ddim_steps
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise ConfigError(
+            f"evaluation.ddim_steps is {tuple(steps)}, but must be positive numbers of "
+            "steps, at least one, each once"
+        )
+    if min(evaluation.num_images, evaluation.num_real) <= evaluation.neighbours:
+        raise ConfigError(
+            "evaluation.num_images and evaluation.num_real must be more than "
+            f"evaluation.neighbours = {evaluation.neighbours}"
+        )
 
 
 def _check_guidance(config: Any) -> None:
-    teacher, conditional = config.teacher, config.data.labels
+    teacher = config.teacher
     guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
-    if teacher.source == "train" and guided and not conditional:
+    if teacher.source == "train" and guided and not config.data.labels:
         raise ConfigError(
             "guidance needs a class-conditional teacher: set data.labels=True, or "
             "teacher.guidance_scale=1.0 and an empty teacher.guidance_range"
@@ -305,6 +325,12 @@ def _check_guidance(config: Any) -> None:
     if drawn and (len(drawn) != 2 or not drawn[0] <= drawn[1]):
         raise ConfigError(
             f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
+        )
+    told = config.sample.guidance_scale
+    if drawn and not drawn[0] <= told <= drawn[1]:
+        raise ConfigError(
+            f"sample.guidance_scale is {told}, but must lie in the range that the "
+            f"student learns, teacher.guidance_range = {drawn}"
         )
 
 
@@ -316,16 +342,22 @@ def validate(config: Any) -> None:
     """
     _check_choices(config)
     _check_positive(config)
+    _check_training("teacher.training", config.teacher.training)
+    _check_training("distill", config.distill)
+    _check_evaluation(config.evaluation)
     _check_guidance(config)
-    schedule_from(config.schedule)
-    objective_from(config.objective)
-    mixture = config.teacher.mixture
-    if config.teacher.source == "mixture" and (
-        not mixture.means or len(mixture.means) != len(mixture.scales)
-    ):
+    schedule = schedule_from(config.schedule)
+    objective = objective_from(config.objective)
+    if config.teacher.source != "mixture":
+        try:
+            check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))
+    if config.teacher.source == "mixture" and (not means or means != scales):
         raise ConfigError(
-            f"teacher.mixture has {len(mixture.means)} means and "
-            f"{len(mixture.scales)} scales; as many of each, at least one, are needed"
+            f"teacher.mixture has {means} means and {scales} scales; as many of each, "
+            "at least one, are needed"
         )
     if config.teacher.source == "train" and not config.data.name:
         raise ConfigError(

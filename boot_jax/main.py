@@ -5,12 +5,10 @@ line on the terminal and exit code 2.
 """
 
 import pathlib
-import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run; see configs/.")
@@ -27,21 +25,27 @@ _NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
 _SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Runs the command; gives the exit code.
 
     0: done. 1: a loss was not finite. 2: something to mend, said in one line.
     """
+    app.define_help_flags()
     try:
-        rest = flags.FLAGS(list(sys.argv if arguments is None else arguments))
+        rest = flags.FLAGS(sys.argv)  # where overrides of the config are looked for
         if len(rest) > 1:
             raise flags.Error(f"{rest[1]!r} is not a flag; flags begin with --")
         if _CONFIG.value is None:
             raise flags.Error("say which run: --config=configs/digits.py, for example")
+        _ = _CONFIG.value.title  # a file that cannot be read only answers here
     except (AttributeError, KeyError) as error:
-        hint = str(error).replace("\\n", ". ")
-        return _refuse("the config has no field " + re.sub(r"[\\\"']+", "'", hint))
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+        hint = str(error.args[0]).replace('"', "'").splitlines()
+        return _refuse("the config has no field " + ". ".join(hint))
+    except OSError as error:
+        return _refuse(f"the config cannot be read: {_last_line(error)}")
+    except (flags.Error, TypeError, ValueError) as error:
+        if "Traceback" in str(error):
+            return _refuse(f"the config cannot be read: {_last_line(error)}")
         return _refuse(" ".join(str(error).split()))
     # After the flags, so that a misspelt one is answered at once.
     from boot_jax import pipeline
@@ -68,6 +72,10 @@ def _config() -> Any:
 def _workdir() -> str:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     return _WORKDIR.value or f"runs/{pathlib.Path(path).stem}"
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _refuse(message: str) -> int:

@@ -20,7 +20,7 @@ from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import sampling, sharding, summary
 from boot_jax.evaluation import paired
-from boot_jax.evaluation.features import get_features
+from boot_jax.evaluation.features import FEATURES, get_features
 from boot_jax.models.weights import WeightsError
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
@@ -87,6 +87,10 @@ def trained_pair(run: Run) -> paired.Pair:
     Raises:
       CheckpointError: there is none, or it is of another run.
     """
+    if not (run.workdir / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"there is no student in {run.workdir}; train one with --mode=distill"
+        )
     checkpoints = Checkpoints(
         run.workdir / "checkpoints", run.metadata, force=run.config.run.force
     )
@@ -155,10 +159,7 @@ def evaluate(run: Run) -> pathlib.Path:
       The report's path.
     """
     pair, options = trained_pair(run), run.config.evaluation
-    try:
-        features = get_features(options.features, run.teacher.sample_shape)
-    except ValueError as error:
-        raise config_lib.ConfigError(f"evaluation.features: {error}") from error
+    features = get_features(options.features, run.teacher.sample_shape)
     real, provenance = _real_images(run)
     watch = summary.Stopwatch()
     results, rows = paired.compare(
@@ -189,6 +190,11 @@ def execute(mode: str, config: Any, workdir: str) -> str:
       FloatingPointError: a loss or gradient is not finite.
     """
     config_lib.validate(config)
+    if config.evaluation.features not in FEATURES:
+        raise config_lib.ConfigError(
+            f"evaluation.features is {config.evaluation.features!r}, but must be one "
+            f"of {', '.join(FEATURES)}"
+        )
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
     run = Run(config, open_workdir(workdir, config), mesh)
     if mode == "teacher":

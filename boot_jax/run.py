@@ -131,8 +131,18 @@ class Run:
 
     @functools.cached_property
     def denoise(self) -> Denoiser:
-        """The teacher as its sampler runs it."""
+        """The teacher as its sampler runs it.
+
+        Raises:
+          ConfigError: it is to be guided, but takes no labels.
+        """
         teacher = self.config.teacher
+        guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
+        if guided and self.teacher.num_classes is None:
+            raise config_lib.ConfigError(
+                "guidance needs a class-conditional teacher, which this one is not; "
+                "set teacher.guidance_scale=1.0 and teacher.guidance_range=()"
+            )
         return as_sampled(
             self.teacher.denoise,
             null_condition=self.conditions.null(),
@@ -259,5 +269,9 @@ def _placed_batches(
         if not run.config.data.labels:
             batch = {"image": batch["image"]}
         yield jax.tree.map(
-            lambda leaf: jax.make_array_from_process_local_data(where, leaf), batch
+            # Every process reads the global batch, and places what is its own.
+            lambda leaf: jax.make_array_from_process_local_data(
+                where, leaf, leaf.shape
+            ),
+            batch,
         )

@@ -46,8 +46,12 @@ def slerp(start: Array, end: Array, weights: Array) -> Array:
     cosine = jnp.vdot(start, end) / (jnp.linalg.norm(start) * jnp.linalg.norm(end))
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
     weights = expand(weights, jnp.broadcast_to(start, (1, *start.shape)))
-    from_start = jnp.sin((1 - weights) * angle) * start[None]
-    return (from_start + jnp.sin(weights * angle) * end[None]) / jnp.sin(angle)
+
+    def share(part: Array) -> Array:
+        # Equal ends, as of one seed, span no circle.
+        return jnp.where(angle > 0, jnp.sin(part * angle) / jnp.sin(angle), part)
+
+    return share(1 - weights) * start[None] + share(weights) * end[None]
 
 
 def conditions_for(
@@ -100,14 +104,15 @@ def many_steps(
     *,
     t_max: float = 1.0,
     solver: str = "ddim",
+    power: float = 1.0,
 ) -> Generator:
-    """The teacher's sampler, from ``t_max`` to 0 on a uniform grid.
+    """The teacher's sampler, from ``t_max`` to 0 on the grid of `time_grid`.
 
     The steps are dispatched one by one: one short program serves every number of steps,
     and convolutions on CPU keep all cores, which they lose inside a compiled loop.
     """
     steps = _teacher_steps(denoise, schedule)
-    times = np.asarray(time_grid(num_steps, t_max))
+    times = np.asarray(time_grid(num_steps, t_max, power=power))
 
     def generate(eps: Array, condition: Any) -> Array:
         x_t = eps * float(schedule.prior_scale(jnp.asarray(times[0])))

@@ -82,7 +82,7 @@ def create_student(
     prediction_type = "v_prediction"
     if network is None:
         prediction_type = teacher.prediction_type or prediction_type
-    _check_conversion(prediction_type, teacher.schedule, t_max)
+    check_conversion(prediction_type, teacher.schedule, t_max)
     names = (_TARGET_TIME,) if time_conditioning == "added" else ()
     names += (SCALE_KEY,) if guidance_range is not None else ()
     student_network = base.clone(added_embeddings=names, **overrides)
@@ -96,9 +96,10 @@ def create_student(
     )
 
 
-def _check_conversion(
+def check_conversion(
     prediction_type: str, schedule: NoiseSchedule, t_max: float
 ) -> None:
+    """Refuses an epsilon prediction where ``alpha(t_max)`` is 0: a `TeacherError`."""
     alpha = float(schedule.alpha(jnp.asarray(t_max)))
     if prediction_type == "epsilon" and alpha == 0:
         raise TeacherError(

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from boot_jax.evaluation import paired, plots, report
-from boot_jax.sampling import generate
 from boot_jax.training.logs import read_metrics
 from boot_jax.workdir import write_text
 
@@ -24,8 +23,13 @@ _PACKAGES = ("boot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a figure depends on."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "from a checkout"
+    return found
 
 
 class Stopwatch:
@@ -52,9 +56,12 @@ def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
       images: ``[N, H, W, C]`` in [-1, 1], one or three channels.
     """
     columns = math.ceil(math.sqrt(len(images)))
+    # The last row is filled up with white.
+    missing = np.ones((-len(images) % columns, *images.shape[1:]), images.dtype)
+    cells = np.concatenate([images, missing])
     rows = {
-        str(start): images[start : start + columns]
-        for start in range(0, len(images), columns)
+        str(start): cells[start : start + columns]
+        for start in range(0, len(cells), columns)
     }
     (folder / "grid.png").write_bytes(plots.encode_png(plots.image_grid(rows)))
     for index, image in enumerate(plots.to_uint8(images)):
@@ -146,12 +153,8 @@ def _figures(
 
 def _map(pair: paired.Pair, num: int = 600, seed: int = 5) -> bytes:
     """The student's map beside the exact one, for two-dimensional data."""
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
-    noise = pair.noise(seed)
-    exact, student = (
-        generate(sampler, noise, pair.condition, num, num, mesh).images
-        for sampler in (pair.sampler(128, "heun"), pair.student())
-    )
-    start = np.asarray(noise(np.arange(num)))
-    flat = (points.reshape(num, 2) for points in (start, exact, student))
+    indices = np.arange(num)
+    eps, condition = pair.noise(seed)(indices), pair.condition(indices)
+    ends = [sampler(eps, condition) for sampler in (pair.ode(128), pair.student())]
+    flat = (np.asarray(points).reshape(num, 2) for points in (eps, *ends))
     return plots.map_scatter(*flat)

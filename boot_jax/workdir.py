@@ -26,7 +26,7 @@ def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
     kept = folder / "config.json"
     try:
         if kept.exists():
-            _check_owner(folder, json.loads(kept.read_text()), config)
+            _check_owner(folder, kept, config)
         elif folder.exists() and any(folder.iterdir()) and not config.run.force:
             raise WorkdirError(
                 f"{folder} is not empty and not a workdir of boot_jax; choose another "
@@ -35,10 +35,6 @@ def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_text(kept, config_lib.to_json(config))
-    except json.JSONDecodeError as error:
-        raise WorkdirError(
-            f"{kept} cannot be read ({error}); choose another --workdir"
-        ) from error
     except OSError as error:
         raise WorkdirError(
             f"cannot write to the workdir {folder} ({error.strerror}); choose another "
@@ -47,9 +43,18 @@ def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
     return folder
 
 
-def _check_owner(folder: pathlib.Path, old: Any, config: Any) -> None:
-    changed = config_lib.differences(old, config.to_dict())
-    if changed and not config.run.force:
+def _check_owner(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
+    new = config.to_dict()
+    try:
+        old = json.loads(kept.read_text())
+        changed = config_lib.differences(old, new)
+    except (AttributeError, ValueError) as error:
+        raise WorkdirError(
+            f"{kept} is not a config of boot_jax; choose another --workdir"
+        ) from error
+    # A config alone has nothing to lose: its run was refused, or never began.
+    alone = old.keys() == new.keys() and list(folder.iterdir()) == [kept]
+    if changed and not alone and not config.run.force:
         shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
         raise WorkdirError(
             f"{folder} belongs to another config ({shown}); choose another --workdir, "

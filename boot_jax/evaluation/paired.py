@@ -58,8 +58,10 @@ class Pair:
         """The one-step generator."""
         return one_step(self.signal, self.params, self.objective)
 
-    def sampler(self, num_steps: int, solver: str = "ddim") -> Generator:
-        """The teacher's sampler."""
+    def sampler(
+        self, num_steps: int, solver: str = "ddim", power: float = 1.0
+    ) -> Generator:
+        """The teacher's sampler; see `boot_jax.sampling.many_steps`."""
         return many_steps(
             self.denoise,
             self.teacher.params,
@@ -67,7 +69,16 @@ class Pair:
             num_steps,
             t_max=self.objective.t_max,
             solver=solver,
+            power=power,
         )
+
+    def ode(self, num_steps: int) -> Generator:
+        """The teacher's ODE: Heun, its steps crowded where the image is decided.
+
+        On the digits' teacher 80 such steps are off by 1.0e-6 of the variance, 500 DDIM
+        steps by 6.3e-6.
+        """
+        return self.sampler(num_steps, "heun", power=1.5)
 
     def noise(self, seed: int) -> Callable[[np.ndarray], Array]:
         """Maps image indices to starting noise."""
@@ -112,7 +123,7 @@ def compare(
 
     ode_steps = options["ode_steps"]
     progress(f"teacher's ODE, Heun with {ode_steps} steps")
-    reference = run(pair.sampler(ode_steps, "heun")).images
+    reference = run(pair.ode(ode_steps)).images
     real = reference if real_images is None else real_images
     scorer = _Scorer(features, real, reference, options["neighbours"])
     progress("student, 1 step")
@@ -190,7 +201,7 @@ def _equivalent(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_over_time(pair: Pair, options: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The student's normalised error at target times from ``t_max`` to ``t_min``.
+    """The student's error at target times, over the variance of the ODE's images.
 
     The reference is the signal itself, followed by Heun steps in signal space from the
     boundary condition ``y = f(eps, t_max)``.
@@ -233,8 +244,12 @@ def error_over_time(pair: Pair, options: Mapping[str, Any]) -> dict[str, list[fl
     errors = []
     for index in range(num_times + 1):
         t = times[index * per_time]
-        found = np.asarray(student(pair.params, t))
-        errors.append(metrics.normalized_error(found, np.asarray(y_t)))
+        errors.append(np.asarray(student(pair.params, t)) - np.asarray(y_t))
         for i in range(index * per_time, min((index + 1) * per_time, len(times) - 1)):
             y_t = step(params, y_t, times[i], times[i + 1])
-    return {"times": np.asarray(times[::per_time], float).tolist(), "student": errors}
+    # Over one variance, that of the images: at t_max the exact signal may have none.
+    images = np.asarray(y_t)
+    return {
+        "times": np.asarray(times[::per_time], float).tolist(),
+        "student": [metrics.normalized_error(images + e, images) for e in errors],
+    }

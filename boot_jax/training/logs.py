@@ -12,6 +12,8 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
+from boot_jax.config import ConfigError
+
 
 class Logger:
     """Writes the metrics of finished steps; only process 0 writes anything.
@@ -45,7 +47,7 @@ class Logger:
         self._main = jax.process_index() == 0
         self._batch_size, self._log_every = batch_size, log_every
         self._rows: list[dict[str, np.ndarray]] = []
-        self._count, self._time = 0, time.perf_counter()
+        self._step, self._count, self._time = start_step, 0, time.perf_counter()
         self._file = self._events = self._wandb = None
         interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
@@ -80,11 +82,11 @@ class Logger:
         if not self._main:
             return
         self._rows.append(values)
-        self._count += count
+        self._step, self._count = step, self._count + count
         if step % self._log_every < count:
-            self._flush(step)
+            self._flush()
 
-    def _flush(self, step: int) -> None:
+    def _flush(self) -> None:
         means = {
             name: float(np.mean(np.concatenate([row[name] for row in self._rows])))
             for name in self._rows[0]
@@ -92,7 +94,7 @@ class Logger:
         now = time.perf_counter()
         speed = self._batch_size * self._count / (now - self._time)
         line = {
-            "step": step,
+            "step": self._step,
             "seconds": round(now - self._time, 3),
             "images_per_second": round(speed, 1),
             **means,
@@ -107,12 +109,14 @@ class Logger:
         if self._events is not None:
             for name, value in line.items():
                 if name != "step":
-                    self._events.add_scalar(name, value, step)
+                    self._events.add_scalar(name, value, self._step)
         if self._wandb is not None:
-            self._wandb.log(line, step=step)
+            self._wandb.log(line, step=self._step)
 
     def close(self) -> None:
-        """Closes the bar and the files."""
+        """Writes what is left of the steps, and closes the bar and the files."""
+        if self._rows:
+            self._flush()
         self._bar.close()
         for writer in (self._file, self._events):
             if writer is not None:
@@ -160,7 +164,7 @@ def _start_wandb(project: str, name: str, directory: pathlib.Path) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
+        raise ConfigError(
             "run.wandb_project is set, but wandb is not installed; "
             "pip install 'boot_jax[wandb]'"
         ) from error

@@ -63,7 +63,9 @@ def create_optimizer(
             0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1)
         )
     else:
-        rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+        # Optax stays at the first value for ever if there are no steps to warm up in.
+        start = 0.0 if warmup_steps else learning_rate
+        rate = optax.warmup_constant_schedule(start, learning_rate, warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay),

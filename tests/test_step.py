@@ -1,0 +1,417 @@
+"""What happens in a step, for both losses: one update, a function of seed and step."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from boot_jax import sharding
+from boot_jax.conditions import Conditions
+from boot_jax.models import create_network
+from boot_jax.objectives import Objective
+from boot_jax.prediction import PREDICTION_TYPES
+from boot_jax.schedules import get_schedule
+from boot_jax.student import create_student
+from boot_jax.teachers.base import Teacher, network_denoiser
+from boot_jax.teachers.checkpoint import initialiser
+from boot_jax.teachers.mixture import gaussian_mixture
+from boot_jax.training.state import TrainState, create_optimizer, create_state
+from boot_jax.training.step import denoising_loss, distillation_loss, make_train_step
+
+COSINE = get_schedule("cosine")
+SHAPE = (4, 4, 1)
+SCHEDULES = {
+    "cosine": COSINE,
+    "flow": get_schedule("flow"),
+    "linear_beta": get_schedule("linear_beta"),
+    "edm": get_schedule("edm"),
+    "discrete": get_schedule("discrete"),
+}
+
+
+def key_of(seed: int) -> Any:
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def random_params(shapes: Any, seed: int = 0, scale: float = 0.2) -> Any:
+    """From numpy, so that no initialiser of a library changes them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32),
+        shapes,
+    )
+
+
+def transformer(num_classes: int | None = None) -> nn.Module:
+    return create_network(
+        "dit",
+        sample_shape=SHAPE,
+        num_classes=num_classes,
+        patch_size=2,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+    )
+
+
+def teacher_of(num_classes: int | None = None) -> Teacher:
+    network = transformer(num_classes)
+    shapes = jax.eval_shape(initialiser(network, SHAPE, num_classes), key_of(0))
+    return Teacher(
+        denoise=network_denoiser(network, COSINE, "v_prediction"),
+        params=random_params(shapes),
+        schedule=COSINE,
+        sample_shape=SHAPE,
+        num_classes=num_classes,
+        network=network,
+        prediction_type="v_prediction",
+    )
+
+
+def distilling(
+    objective: Objective, num_classes: int | None = None, **options: Any
+) -> tuple[Any, TrainState, Any]:
+    """A compiled step, a state that is not at its beginning, and the teacher's."""
+    teacher = teacher_of(num_classes)
+    student = create_student(teacher, t_max=objective.t_max)
+    loss = distillation_loss(
+        signal=student.signal,
+        denoise=teacher.denoise,
+        schedule=COSINE,
+        objective=objective,
+        conditions=Conditions(num_classes),
+        sample_shape=SHAPE,
+        batch_size=16,
+        batch_sharding=options.pop("batch_sharding", None),
+    )
+    optimizer = create_optimizer(learning_rate=1e-2, num_steps=12)
+    shapes = jax.eval_shape(student.init, key_of(0))
+    state = create_state(random_params(shapes, seed=1), optimizer)
+    step = make_train_step(loss, optimizer, ema_decay=0.99, num_steps=12, **options)
+    return step, state, teacher.params
+
+
+def copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def norm(tree: Any) -> float:
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return float(np.linalg.norm(np.concatenate(leaves)))
+
+
+GOLDEN = {
+    "boot": {
+        "loss": 0.0,
+        "loss/trajectory": 0.0,
+        "loss/boundary": 0.0,
+        "grad_norm": 0.0,
+        "update_norm": 0.0,
+    },
+    "continuous": {
+        "loss": 0.0,
+        "loss/trajectory": 0.0,
+        "loss/boundary": 0.0,
+        "grad_norm": 0.0,
+        "update_norm": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["boot", "continuous"])
+def test_golden_step(kind):
+    """Nothing of what a step computes changes unnoticed."""
+    step, state, frozen = distilling(Objective(kind=kind))
+    before = copy(state.params)
+    state, metrics = step(state, frozen, None, key_of(3))
+    found = {name: float(metric[0]) for name, metric in metrics.items()}
+    moved = jax.tree.map(lambda new, old: new - old, state.params, before)
+    found["update_norm"] = norm(moved)
+    assert found == pytest.approx(GOLDEN[kind], rel=2e-3), (
+        "one training step gives other numbers than it used to. If a change of the "
+        "method, the network, the optimizer or the order of random draws was meant to "
+        "do this, put these in GOLDEN and say so in the commit; if not, it is a bug. "
+        f"Now: {found}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["boot", "continuous"])
+def test_steps_in_one_dispatch_are_the_steps_one_by_one(kind):
+    objective = Objective(kind=kind, target_network="ema", time_order="progressive")
+    single, state, frozen = distilling(objective)
+    many, *_ = distilling(objective, steps_per_dispatch=3)
+    one, together = copy(state), copy(state)
+    losses = []
+    for _ in range(3):
+        one, metrics = single(one, frozen, None, key_of(3))
+        losses.append(float(metrics["loss"][0]))
+    together, metrics = many(together, frozen, None, key_of(3))
+    assert metrics["loss"].shape == metrics["grad_norm"].shape == (3,)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
+    assert one.step == together.step == 3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        one.params,
+        together.params,
+    )
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_eight_devices_give_the_loss_of_one(fsdp, num_classes):
+    """With the batch over all of them, and the parameters over some."""
+    objective = Objective(kind="boot", boundary_share=0.5)
+    mesh = sharding.create_mesh(-1, fsdp)
+    alone, state, frozen = distilling(objective, num_classes)
+    shardings = sharding.parameter_shardings(state, mesh, min_size=64)
+    shared, *_ = distilling(
+        objective,
+        num_classes,
+        batch_sharding=sharding.batch_sharding(mesh),
+        state_sharding=shardings,
+    )
+    split = sharding.place(state, shardings)
+    assert fsdp == 1 or not all(
+        where.is_fully_replicated for where in jax.tree.leaves(shardings)
+    )
+    given = sharding.place(frozen, sharding.replicated(mesh))
+    for _ in range(2):
+        state, expected = alone(state, frozen, None, key_of(3))
+        split, found = shared(split, given, None, key_of(3))
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    where = jax.tree.map(lambda leaf: leaf.sharding, split)
+    same = jax.tree.map(
+        lambda a, b, leaf: a.is_equivalent_to(b, leaf.ndim), where, shardings, split
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    step, state, frozen = distilling(Objective(solver="ddim"))
+    losses = {}
+    for seed, at in ((3, 0), (3, 0), (4, 0), (3, 1)):
+        begun = copy(state).replace(step=jnp.asarray(at, jnp.int32))
+        _, metrics = step(begun, frozen, None, key_of(seed))
+        losses.setdefault((seed, at), set()).add(float(metrics["loss"][0]))
+    assert all(len(values) == 1 for values in losses.values())
+    assert len(set().union(*losses.values())) == 3
+
+
+def quadratic(params, ema_params, frozen, batch, key, progress):
+    """A loss whose every gradient is known: ``|a - batch|^2 / 2``."""
+    loss = jnp.sum((params["a"] - batch["image"]) ** 2) / 2
+    return loss, {"progress": jnp.asarray(progress, jnp.float32)}
+
+
+def test_an_update_by_hand():
+    """Gradient, its norm, the optimizer's step, the average and the counts."""
+    step = make_train_step(quadratic, optax.sgd(0.5), ema_decay=0.99, num_steps=4)
+    state = create_state({"a": jnp.asarray([1.0, 2.0])}, optax.sgd(0.5))
+    batch = {"image": jnp.asarray([[4.0, 6.0]])}
+    state, metrics = step(state, None, batch, key_of(0))
+    assert float(metrics["loss"][0]) == 12.5 and float(metrics["grad_norm"][0]) == 5.0
+    np.testing.assert_allclose(state.params["a"], [2.5, 4.0])
+    # The first decay is 1 / 10.
+    np.testing.assert_allclose(state.ema_params["a"], [2.35, 3.8], rtol=1e-6)
+    assert state.step == 1 and metrics["progress"][0] == 0.0
+    state, metrics = step(state, None, batch, key_of(0))
+    assert state.step == 2 and metrics["progress"][0] == 0.25
+
+
+def test_every_step_of_a_dispatch_gets_its_own_batch():
+    step = make_train_step(
+        quadratic, optax.sgd(1.0), ema_decay=0.0, num_steps=4, steps_per_dispatch=3
+    )
+    state = create_state({"a": jnp.zeros(1)}, optax.sgd(1.0))
+    batches = {"image": jnp.asarray([[2.0], [4.0], [10.0]])}
+    state, metrics = step(state, None, batches, key_of(0))
+    # Full steps: each lands on its batch.
+    np.testing.assert_allclose(metrics["loss"], [2.0, 2.0, 18.0])
+    np.testing.assert_allclose(state.params["a"], [10.0])
+
+
+def test_the_state_is_donated():
+    step, state, frozen = distilling(Objective(solver="ddim"))
+    step(state, frozen, None, key_of(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+# Teacher training.
+
+
+class Pointwise(nn.Module):
+    """A network that is compiled in no time; remembers what it was told."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, time, condition=None, added=None, *, deterministic=True):
+        h = x * self.param("scale", nn.initializers.constant(0.3), ())
+        told = self.param("time", nn.initializers.constant(0.2), ())
+        h = h + told * time[:, None, None, None] / 1000
+        if condition is not None:
+            label = condition["label"].astype(jnp.float32)
+            self.sow("intermediates", "label", condition["label"])
+            h = h + 0.1 * label[:, None, None, None]
+        return nn.Dropout(self.dropout, deterministic=deterministic)(h)
+
+
+IMAGES = jnp.asarray(
+    np.random.default_rng(2).uniform(-1, 1, size=(64, *SHAPE)), jnp.float32
+)
+
+
+def value_and_grad(network, schedule=COSINE, kind="v_prediction", seed=0, **options):
+    conditions = Conditions(options.pop("num_classes", None))
+    batch = {"image": IMAGES} | options.pop("batch", {})
+    loss = denoising_loss(
+        network=network,
+        schedule=schedule,
+        prediction_type=kind,
+        conditions=conditions,
+        **options,
+    )
+    params = {"scale": jnp.asarray(0.3), "time": jnp.asarray(0.2)}
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, None, None, batch, key_of(seed), 0.0
+    )
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_denoising_loss_is_finite(name, kind):
+    (value, metrics), grads = value_and_grad(Pointwise(), SCHEDULES[name], kind)
+    assert 0 < value < 10 and metrics["loss/denoising"] == value
+    assert all(np.isfinite(grad) and grad != 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("name", ["cosine", "edm"])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_the_posterior_mean_is_the_best_that_can_be_predicted(name, kind):
+    """The loss knows the one denoiser it should lead to: that of the data itself."""
+    schedule = SCHEDULES[name]
+    teacher = gaussian_mixture(np.zeros((1, *SHAPE), np.float32), [0.5], schedule)
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(0.5 * rng.normal(size=(2048, *SHAPE)), jnp.float32)
+
+    class Exact(nn.Module):
+        bend: float = 1.0
+
+        @nn.compact
+        def __call__(self, x, time, condition=None, added=None):
+            t = time / 1000
+            if name == "edm":
+                t = t_of_time(time)
+            x_t = x / schedule.input_scale(t)[:, None, None, None]
+            x_0 = self.bend * teacher.denoise(teacher.params, x_t, t, None)
+            alpha = schedule.alpha(t)[:, None, None, None]
+            sigma = schedule.sigma(t)[:, None, None, None]
+            eps = (x_t - alpha * x_0) / sigma
+            n = jnp.hypot(alpha, sigma)
+            return {
+                "epsilon": eps,
+                "sample": x_0,
+                "v_prediction": (alpha * eps - sigma * x_0) / n,
+                "flow_prediction": eps - x_0,
+            }[kind]
+
+    def t_of_time(time):
+        grid = jnp.linspace(1e-3, 1.0, 20_001)
+        return jnp.interp(time, schedule.time_input(grid), grid)
+
+    def loss(bend):
+        of_data = denoising_loss(
+            network=Exact(bend),
+            schedule=schedule,
+            prediction_type=kind,
+            conditions=Conditions(),
+            t_min=0.1,
+        )
+        return float(of_data({}, None, None, {"image": data}, key_of(1), 0.0)[0])
+
+    best = loss(1.0)
+    assert best < loss(0.9) and best < loss(1.1)
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0.0), (1.0, 1.0), (0.25, 0.25)])
+def test_a_share_of_the_labels_is_dropped(share, expected):
+    labels = jnp.asarray(np.arange(4096) % 3, jnp.int32)
+    network, seen = Pointwise(), []
+
+    class Watched(nn.Module):
+        @nn.compact
+        def __call__(self, x, time, condition=None, added=None):
+            seen.append(np.asarray(condition["label"]))
+            return network.apply(
+                {"params": {"scale": jnp.asarray(0.3), "time": jnp.asarray(0.2)}},
+                x,
+                time,
+                condition,
+            )
+
+    loss = denoising_loss(
+        network=Watched(),
+        schedule=COSINE,
+        prediction_type="v_prediction",
+        conditions=Conditions(3),
+        label_dropout=share,
+    )
+    batch = {"image": jnp.zeros((4096, 1, 1, 1)), "label": labels}
+    loss({}, None, None, batch, key_of(0), 0.0)
+    dropped = seen[0] == 3
+    assert abs(dropped.mean() - expected) < 0.03
+    np.testing.assert_array_equal(seen[0][~dropped], labels[~dropped])
+
+
+def test_a_network_without_classes_is_told_no_label():
+    batch = {"label": jnp.zeros(64, jnp.int32)}
+    alone = value_and_grad(Pointwise())
+    beside = value_and_grad(Pointwise(), batch=batch)
+    assert alone[0][0] == beside[0][0]
+    told = value_and_grad(Pointwise(), num_classes=3, batch=batch, label_dropout=1.0)
+    assert told[0][0] != alone[0][0]
+
+
+def test_dropout_is_on_and_drawn_from_the_step():
+    plain = value_and_grad(Pointwise())[0][0]
+    dropped = [value_and_grad(Pointwise(0.5), seed=seed)[0][0] for seed in (0, 0, 1)]
+    assert dropped[0] == dropped[1] != dropped[2]
+    assert plain != dropped[0]
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_a_unet_with_dropout_is_trained(num_classes):
+    network = create_network(
+        "unet",
+        sample_shape=SHAPE,
+        num_classes=num_classes,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        dropout=0.5,
+    )
+    shapes = jax.eval_shape(initialiser(network, SHAPE, num_classes), key_of(0))
+    params = random_params(shapes)
+    loss = denoising_loss(
+        network=network,
+        schedule=COSINE,
+        prediction_type="v_prediction",
+        conditions=Conditions(num_classes),
+    )
+    batch = {"image": IMAGES[:8], "label": jnp.arange(8, dtype=jnp.int32) % 3}
+    call = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    values = [call(params, None, None, batch, key_of(seed), 0.0) for seed in (0, 0, 1)]
+    losses = [float(value[0][0]) for value in values]
+    assert losses[0] == losses[1] != losses[2] and np.isfinite(losses).all()
+    grads = jax.tree.leaves(values[0][1])
+    assert all(np.isfinite(grad).all() for grad in grads)
+    assert sum(bool(np.any(grad)) for grad in grads) == len(grads)
