@@ -1,38 +1,46 @@
-"""Eight Gaussians on a ring: the exact teacher, which is never trained.
+"""A spiral of 24 Gaussians: the teacher is exact, nothing is trained but the student.
 
 python -m boot_jax.main --config=configs/toy_mixture.py
+
 """
 
 import math
 
 from boot_jax.config import default_config
 
+NUM_COMPONENTS = 24
+
+
+def spiral(num: int) -> tuple[tuple[float, float], ...]:
+    """Points of a spiral of one turn and a quarter, the outermost at 1.8."""
+    angles = [0.5 + (3 * math.pi - 0.5) * i / (num - 1) for i in range(num)]
+    radii = [1.8 * angle / (3 * math.pi) for angle in angles]
+    return tuple(
+        (radius * math.cos(angle), radius * math.sin(angle))
+        for radius, angle in zip(radii, angles, strict=True)
+    )
+
 
 def get_config():
     config = default_config()
-    config.title = "A ring of eight Gaussians in one step"
+    config.title = "A spiral of Gaussians in one step"
     config.data.name = ""
+    config.teacher.source = "mixture"
+    config.teacher.mixture.sample_shape = (1, 1, 2)
+    config.teacher.mixture.means = spiral(NUM_COMPONENTS)
+    config.teacher.mixture.scales = (0.1,) * NUM_COMPONENTS
     config.network.name = "dit"
-    config.network.dit = {
+    config.network.dit = {  # of one token: a perceptron with adaptive norms
         "patch_size": 1,
         "hidden_size": 64,
         "num_layers": 3,
         "num_heads": 1,
         "mlp_ratio": 4.0,
     }
-    config.teacher.source = "mixture"
-    angles = [math.pi / 4 * index for index in range(8)]
-    config.teacher.mixture.sample_shape = (1, 1, 2)
-    config.teacher.mixture.means = tuple(
-        (1.3 * math.cos(angle), 1.3 * math.sin(angle)) for angle in angles
-    )
-    config.teacher.mixture.scales = (0.15,) * 8
     config.objective.kind = "continuous"
     config.objective.boundary_weight = 0.0  # contained in eq. 5, since alpha(1) = 0
-    config.objective.adaptive_power = 1.0
-    config.distill.num_steps = 4000
+    config.objective.adaptive_power = 1.0  # it bounds the early instability
+    config.distill.num_steps = 3000
     config.distill.batch_size = 256
-    config.distill.learning_rate = 2e-3
-    config.evaluation.num_real = 2048
-    config.run.tensorboard = False
+    config.distill.learning_rate = 4e-3
     return config
