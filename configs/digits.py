@@ -23,6 +23,7 @@ def get_config():
     config.objective.kind = "continuous"
     config.objective.boundary_weight = 0.0  # contained in eq. 5, since alpha(1) = 0
     config.objective.adaptive_power = 1.0
+    config.distill.learning_rate = 2e-3
     config.distill.num_steps = 5000
     config.run.checkpoint_every = 500
     return config
