@@ -34,7 +34,7 @@ OPTIONS = {
 
 
 def exact_signal(params, eps, t, condition):
-    """One Gaussian: the trajectory is ``x = alpha m + sqrt(alpha^2 s^2 + sigma^2) eps``.
+    """One Gaussian: ``x = alpha m + sqrt(alpha^2 s^2 + sigma^2) eps`` at all times.
 
     It keeps its place in the Gaussian of every time; divided as the signal is,
     ``y = m + (sqrt(alpha^2 s^2 + sigma^2) - sigma) / alpha eps``. Multiplied out, so

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from boot_jax import sampling
 from boot_jax.config import ConfigError
 from boot_jax.objectives import Objective
 from boot_jax.schedules import get_schedule
-from boot_jax.sharding import create_mesh
+from boot_jax.sharding import AXES, create_mesh
 from boot_jax.solvers import sample_ode, time_grid
 from boot_jax.teachers.mixture import gaussian_mixture
 
@@ -23,7 +24,8 @@ def mixture(schedule=COSINE, labels=None):
 
 
 def one_device_mesh():
-    return jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh((1, 1), AXES, types, devices=jax.devices()[:1])
 
 
 def noise(indices):
