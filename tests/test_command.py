@@ -61,7 +61,8 @@ def test_run_leaves_what_it_promises(workdir):
     assert "jax" in results["versions"]
     for name in ("config.json", "report.html", "samples/grid.png", "metrics.jsonl"):
         assert (workdir / name).stat().st_size > 0
-    steps = [json.loads(x)["step"] for x in open(workdir / "metrics.jsonl")]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == [20, 40]
 
 
