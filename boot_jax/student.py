@@ -100,7 +100,8 @@ def check_conversion(
     prediction_type: str, schedule: NoiseSchedule, t_max: float
 ) -> None:
     """Refuses an epsilon prediction where ``alpha(t_max)`` is 0: a `TeacherError`."""
-    alpha = float(schedule.alpha(jnp.asarray(t_max)))
+    with jax.ensure_compile_time_eval():  # also while a caller is being traced
+        alpha = float(schedule.alpha(jnp.asarray(t_max)))
     if prediction_type == "epsilon" and alpha == 0:
         raise TeacherError(
             f"an epsilon teacher has no estimate at t_max = {t_max}, where alpha is 0; "
