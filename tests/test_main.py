@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -169,15 +170,6 @@ def save_teacher(folder, **changes) -> str:
     }
     description = teacher_checkpoint.describe(**(options | changes))
     shapes = teacher_checkpoint.from_description(description).params
-    params = {
-        name: {
-            part: np.zeros(leaf.shape, np.float32) if hasattr(leaf, "shape") else leaf
-            for part, leaf in tree.items()
-        }
-        for name, tree in shapes.items()
-    }
-    import jax
-
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     teacher_checkpoint.save_teacher(folder, description, params)
     return f"--config.teacher.path={folder}"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 from boot_jax.models.layers import (
     AddedEmbeddings,
     AttentionImplementation,
+    dot_product_attention,
     timestep_embedding,
 )
 
@@ -60,11 +60,7 @@ class Attention(nn.Module):
             _dense(dim, name, self.dtype)(x).reshape(heads)
             for name in ("to_q", "to_k", "to_v")
         )
-        # It promotes types within, which strict promotion refuses for 16-bit ones.
-        with jax.numpy_dtype_promotion("standard"):
-            attended = jax.nn.dot_product_attention(
-                q, k, v, implementation=self.implementation
-            )
+        attended = dot_product_attention(q, k, v, self.implementation)
         return _dense(dim, "to_out", self.dtype)(attended.reshape(batch, tokens, dim))
 
 

@@ -188,6 +188,27 @@ class LayerSettings:
     attention_implementation: AttentionImplementation | None = None
 
 
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    implementation: AttentionImplementation | None,
+) -> Array:
+    """Attention over ``[B, N, heads, D]``, in the dtype of its arguments.
+
+    On CPU in float32 throughout: XLA has no 16-bit product for small shapes there.
+    """
+    dtype = query.dtype
+    if jax.default_backend() == "cpu":
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    # It promotes types within, which strict promotion refuses for 16-bit ones.
+    with jax.numpy_dtype_promotion("standard"):
+        attended = jax.nn.dot_product_attention(
+            query, key, value, implementation=implementation
+        )
+    return attended.astype(dtype)
+
+
 def group_norm(
     x: Array, num_groups: int, epsilon: float, dtype: DTypeLike, *, name: str
 ) -> Array:
@@ -335,11 +356,9 @@ class Attention(nn.Module):
             )
             for name in ("to_q", "to_k", "to_v")
         )
-        # It promotes types within, which strict promotion refuses for 16-bit ones.
-        with jax.numpy_dtype_promotion("standard"):
-            attended = jax.nn.dot_product_attention(
-                query, key, value, implementation=settings.attention_implementation
-            )
+        attended = dot_product_attention(
+            query, key, value, settings.attention_implementation
+        )
         attended = attended.reshape(batch, height * width, heads * head_dim)
         out = nn.Dense(channels, dtype=dtype, name="to_out_0")(attended)
         return (x + out.reshape(x.shape)) / settings.output_scale_factor
