@@ -51,10 +51,15 @@ class Stopwatch:
 def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
     """Writes ``grid.png`` and ``00000.png``, ``00001.png``, ... into a folder.
 
+    What is no image, having neither one nor three channels, goes to ``samples.npy``.
+
     Args:
       folder: it exists.
-      images: ``[N, H, W, C]`` in [-1, 1], one or three channels.
+      images: ``[N, H, W, C]``, images in [-1, 1].
     """
+    if images.shape[-1] not in (1, 3):
+        np.save(folder / "samples.npy", images)
+        return
     columns = math.ceil(math.sqrt(len(images)))
     # The last row is filled up with white.
     missing = np.ones((-len(images) % columns, *images.shape[1:]), images.dtype)

@@ -304,7 +304,13 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, who):
         for folder in (broken, through)
     ]
     assert losses[0] == losses[1]
-    if who == "teacher":
+    if who == "student":
+        # Points in the plane are no images.
+        sampling = (flags[0], "--mode=sample", "--num=3", *flags[2:])
+        assert command(*sampling, f"--workdir={broken}") == 0
+        points = np.load(broken / "samples" / "seed_0" / "samples.npy")
+        assert points.shape == (3, 1, 1, 2) and np.isfinite(points).all()
+    else:
         weights = [folder / "model.safetensors" for folder in (through, broken)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
 

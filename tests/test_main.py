@@ -92,6 +92,12 @@ def test_the_students_batch_is_refused_too(refused):
     assert "distill.batch_size is 12" in message and "take 8 or 16" in message
 
 
+def test_a_missing_wandb_is_refused(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = refused("--config.run.wandb_project=mine", text=MIXTURE)
+    assert "wandb is not installed" in message and "boot_jax[wandb]" in message
+
+
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_a_missing_student_is_refused_before_a_teacher_is_trained(
     refused, tmp_path, mode

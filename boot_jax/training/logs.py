@@ -49,6 +49,8 @@ class Logger:
         self._rows: list[dict[str, np.ndarray]] = []
         self._step, self._count, self._time = start_step, 0, time.perf_counter()
         self._file = self._events = self._wandb = None
+        if self._main and wandb_project:
+            self._wandb = _start_wandb(wandb_project, name, self._directory)
         interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=num_steps,
@@ -66,8 +68,6 @@ class Logger:
         self._file = path.open("a")
         if tensorboard:
             self._events = SummaryWriter(str(self._directory / "tensorboard"))
-        if wandb_project:
-            self._wandb = _start_wandb(wandb_project, name, self._directory)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics ``{name: [k]}`` of the k steps that end at ``step``.
