@@ -123,6 +123,10 @@ def sample(run: Run) -> pathlib.Path:
     options, pair = run.config.sample, trained_pair(run)
     noise, name = pair.noise(options.seed), f"seed_{options.seed}"
     between = options.interpolate_to >= 0
+    if options.label >= 0:
+        name += f"_label_{options.label}"
+    if pair.guidance_scale is not None:
+        name += f"_guidance_{pair.guidance_scale:g}"
     if between:
         noise = _great_circle(pair, options)
         name += f"_to_{options.interpolate_to}"

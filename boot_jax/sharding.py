@@ -4,6 +4,8 @@ Two axes over all devices: ``data`` splits the batch; ``fsdp`` splits the batch 
 also the large parameters, their moving average and their optimizer state.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,6 +84,13 @@ def parameter_shardings(tree: Any, mesh: Mesh, min_size: int = 2**20) -> Any:
 
 def place(tree: Any, shardings: Any) -> Any:
     """Puts arrays where they belong, as copies, on one process or on several."""
+    leaves, structure = jax.tree.flatten(shardings)
+    return _placer(tuple(leaves), structure)(tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _placer(leaves: tuple[NamedSharding, ...], structure: Any) -> Callable[[Any], Any]:
     return jax.jit(
-        lambda tree: jax.tree.map(lambda leaf: leaf + 0, tree), out_shardings=shardings
-    )(tree)
+        lambda tree: jax.tree.map(lambda leaf: leaf + 0, tree),
+        out_shardings=jax.tree.unflatten(structure, leaves),
+    )

@@ -60,6 +60,8 @@ def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
     if images.shape[-1] not in (1, 3):
         np.save(folder / "samples.npy", images)
         return
+    for path in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        path.unlink()  # of an earlier call, which may have asked for more
     columns = math.ceil(math.sqrt(len(images)))
     # The last row is filled up with white.
     missing = np.ones((-len(images) % columns, *images.shape[1:]), images.dtype)

@@ -3,19 +3,24 @@
 import importlib.util
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from PIL import Image
 
 from boot_jax import config as config_lib
 from boot_jax import pipeline
+from boot_jax.run import Run
+from boot_jax.sharding import AXES
 from boot_jax.student import create_student
 from boot_jax.teachers.checkpoint import describe, from_description
 from boot_jax.training.logs import read_metrics
+from boot_jax.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.py"))
@@ -102,34 +107,55 @@ def test_a_big_config_has_its_full_size(name):
 
 
 def small(name: str, folder: pathlib.Path) -> Any:
-    """The config with the least width and images that its own blocks can take."""
+    """The config with one narrow block of each kind it has, and images for that."""
     config = load(name)
     unet = config.network.unet.to_dict()
-    side = 2 ** (len(unet["block_out_channels"]) - 1)
-    widths = tuple(min(width // 16, 16) for width in unet["block_out_channels"])
+    for types in ("down_block_types", "up_block_types"):
+        unet[types] = tuple(dict.fromkeys(unet[types]))
+    unet |= {"block_out_channels": (8, 16), "layers_per_block": 1}
     heads = 4 if unet["attention_head_dim"] else None
-    unet |= {"block_out_channels": widths, "layers_per_block": 1}
     config.network.unet = unet | {"norm_num_groups": 4, "attention_head_dim": heads}
-    # On CPU, XLA has no gradient of JAX's attention in bfloat16.
-    config.network.dtype = "float32"
     rng = np.random.default_rng(0)
-    for index in range(8):
-        pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
+    for index in range(4):
+        pixels = rng.integers(0, 256, (4, 4, 3), np.uint8)
         target = folder / "images" / f"class_{index % 2}" / f"{index}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(target)
     config.data.name, config.data.path = "folder", str(folder / "images")
-    config.data.image_size = side
+    config.data.image_size = 4
     for training in (config.teacher.training, config.distill):
-        training.num_steps, training.batch_size = 1, 8
+        training.num_steps, training.batch_size = 1, 4
     return config
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """What is compiled here runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run_on_one_device(config: Any, workdir: pathlib.Path) -> Run:
+    config_lib.validate(config)
+    one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 2}
+    return Run(
+        config, open_workdir(workdir, config), jax.make_mesh((1, 1), AXES, **one)
+    )
+
+
+#: The compilation takes its time; one config, the most complicated, is always run.
+STEPS = [
+    pytest.param(name, marks=() if name == "imagenet64" else pytest.mark.slow)
+    for name in BIG
+]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_big_config_takes_a_step_of_either_training(name, tmp_path):
     workdir = tmp_path / "run"
-    said = pipeline.execute("distill", small(name, tmp_path), str(workdir))
-    assert said == f"student: {workdir / 'checkpoints'}"
+    pipeline.distill(run_on_one_device(small(name, tmp_path), workdir))
     for folder, wanted in (
         (workdir / "teacher", {"loss/denoising"}),
         (workdir, {"loss/trajectory", "loss/boundary"}),
@@ -148,7 +174,9 @@ def test_the_toy_beats_eight_steps_of_its_teacher(tmp_path):
     config.distill.warmup_steps = 50
     config.evaluation.num_images = config.evaluation.num_real = 1024
     config.evaluation.ddim_steps = (4, 8, 16)
-    pipeline.execute("all", config, str(tmp_path / "run"))
+    run = run_on_one_device(config, tmp_path / "run")
+    pipeline.distill(run)
+    pipeline.evaluate(run)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     eight = results["teacher"]["ddim"]["8"]["normalized_error"]
     assert results["student"]["normalized_error"] < 0.5 * eight

@@ -252,7 +252,8 @@ def test_a_guided_class_conditional_run(tmp_path, guidance, capsys):
     for label in (2, 7):
         flag = f"--config.sample.label={label}"
         assert command(*flags, "--mode=sample", "--num=2", flag) == 0
-        images[label] = contents(workdir / "samples" / "seed_0")
+        (folder,) = (workdir / "samples").glob(f"seed_0_label_{label}*")
+        images[label] = contents(folder)
     assert images[2]["00000.png"] != images[7]["00000.png"]
     capsys.readouterr()
     assert command(*flags, "--mode=sample", "--config.sample.label=10") == 2
