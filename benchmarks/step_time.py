@@ -1,6 +1,6 @@
-"""Time of a distillation step, as ratios to a teacher-training step in the same run.
+"""Time of a distillation step, as a ratio to that of a teacher-training step.
 
-python benchmarks/step_time.py --batch_size=128 --steps=40
+python benchmarks/step_time.py --network=dit --batch_size=128
 """
 
 import argparse
@@ -10,94 +10,118 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from boot_jax import CosineSchedule, Objective, Teacher, create_student
 from boot_jax.conditions import Conditions
-from boot_jax.models.dit import DiT
+from boot_jax.models import create_network
 from boot_jax.teachers.base import network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.training.state import create_optimizer, create_state
 from boot_jax.training.step import denoising_loss, distillation_loss, make_train_step
 
+SHAPE, SCHEDULE, PREDICTION = (8, 8, 1), CosineSchedule(), "v_prediction"
+NETWORKS: dict[str, dict[str, Any]] = {
+    "dit": {"patch_size": 4, "hidden_size": 128, "num_layers": 4, "num_heads": 4},
+    "unet": {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+}
 OBJECTIVES = {
     "boot, Heun": Objective(),
     "boot, DDIM": Objective(solver="ddim"),
+    "boot, DDIM, no boundary": Objective(solver="ddim", boundary_weight=0.0),
     "continuous, JVP": Objective(kind="continuous", boundary_weight=0.0),
     "continuous, difference": Objective(
         kind="continuous", boundary_weight=0.0, derivative="finite_difference"
     ),
 }
-SHAPE = (8, 8, 1)
+BASE = "teacher training"
 
 
-def seconds_per_step(
-    loss: Callable[..., Any], params: Any, frozen: Any, batches: Any, k: int, steps: int
-) -> float:
-    """The median over dispatches of ``k`` steps, compilation left out."""
-    optimizer = create_optimizer(learning_rate=1e-4, num_steps=steps)
+def compiled(
+    loss: Callable[..., Any], params: Any, frozen: Any, batches: Any, k: int
+) -> Callable[[], float]:
+    """A dispatch of ``k`` steps that is compiled, giving the seconds of one step."""
+    optimizer = create_optimizer(learning_rate=1e-4, num_steps=1000)
     step = make_train_step(
-        loss, optimizer, ema_decay=0.999, num_steps=steps, steps_per_dispatch=k
+        loss, optimizer, ema_decay=0.999, num_steps=1000, steps_per_dispatch=k
     )
+    # A copy: the step gives its state's own buffers away.
     state = create_state(jax.tree.map(jnp.copy, params), optimizer)
-    times = []
-    for _ in range(1 + max(3, steps // k)):
+
+    def dispatch() -> float:
+        nonlocal state
         before = time.perf_counter()
         state, metrics = step(state, frozen, batches, jax.random.key(0))
-        jax.block_until_ready(metrics)
-        times.append((time.perf_counter() - before) / k)
-    return sorted(times[1:])[len(times[1:]) // 2]
+        jax.block_until_ready((state, metrics))
+        return (time.perf_counter() - before) / k
+
+    dispatch()
+    return dispatch
 
 
-def main(batch_size: int, steps: int) -> None:
-    """Prints one row an objective, for one and for twenty steps per dispatch."""
-    schedule = CosineSchedule()
-    network = DiT(
-        out_channels=1, patch_size=4, hidden_size=128, num_layers=4, num_heads=4
-    )
+def dispatches(
+    network_name: str, batch_size: int, k: int
+) -> dict[str, Callable[[], float]]:
+    """One of every kind of step, compiled, by name."""
+    network = create_network(network_name, sample_shape=SHAPE, **NETWORKS[network_name])
     params = initialiser(network, SHAPE, None)(jax.random.key(0))
     teacher = Teacher(
-        denoise=network_denoiser(network, schedule, "v_prediction"),
+        denoise=network_denoiser(network, SCHEDULE, PREDICTION),
         params=params,
-        schedule=schedule,
+        schedule=SCHEDULE,
         sample_shape=SHAPE,
         network=network,
-        prediction_type="v_prediction",
+        prediction_type=PREDICTION,
     )
     student = create_student(teacher)
     start = student.init(jax.random.key(1))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {batch_size}")
-    print(f"{'step':24}  {'k = 1':>8}  {'k = 20':>8}   (teacher training, k = 1: 1.00)")
     training = denoising_loss(
         network=network,
-        schedule=schedule,
-        prediction_type="v_prediction",
+        schedule=SCHEDULE,
+        prediction_type=PREDICTION,
         conditions=Conditions(),
     )
-    base = 0.0
-    for name, objective in {"teacher training": None, **OBJECTIVES}.items():
-        ratios = []
-        for k in (1, 20):
-            if objective is None:
-                images = {"image": jnp.zeros((k, batch_size, *SHAPE))}
-                taken = seconds_per_step(training, params, None, images, k, steps)
-                base = base or taken
-            else:
-                loss = distillation_loss(
-                    signal=student.signal,
-                    denoise=teacher.denoise,
-                    schedule=schedule,
-                    objective=objective,
-                    conditions=Conditions(),
-                    sample_shape=SHAPE,
-                    batch_size=batch_size,
-                )
-                taken = seconds_per_step(loss, start, params, None, k, steps)
-            ratios.append(taken / base)
-        print(f"{name:24}  {ratios[0]:8.2f}  {ratios[1]:8.2f}")
+    images = {"image": jnp.zeros((k, batch_size, *SHAPE))}
+    found = {BASE: compiled(training, params, None, images, k)}
+    for name, objective in OBJECTIVES.items():
+        loss = distillation_loss(
+            signal=student.signal,
+            denoise=teacher.denoise,
+            schedule=SCHEDULE,
+            objective=objective,
+            conditions=Conditions(),
+            sample_shape=SHAPE,
+            batch_size=batch_size,
+        )
+        found[name] = compiled(loss, start, params, None, k)
+    return found
+
+
+def main(network: str, batch_size: int, rounds: int, many: int) -> None:
+    """Prints a row for each kind of step, with one and with many per dispatch."""
+    kinds = {k: dispatches(network, batch_size, k) for k in (1, many)}
+    # In turn, so that whatever else the machine does falls on all of them alike.
+    rows = [
+        [[dispatch() for dispatch in kind.values()] for kind in kinds.values()]
+        for _ in range(rounds)
+    ]
+    seconds = np.asarray(rows)  # [round, k, name]
+    ratios = np.median(seconds / seconds[:, :1, :1], axis=0)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{network}, batch {batch_size}, {device}, jax {jax.__version__}")
+    print(f"{'step':24} {'k = 1':>8} {f'k = {many}':>8}   (k steps per dispatch)")
+    for name, one, several in zip(kinds[1], *ratios, strict=True):
+        print(f"{name:24} {one:8.2f} {several:8.2f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=NETWORKS, default="dit")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--many", type=int, default=20)
     main(**vars(parser.parse_args()))

@@ -18,7 +18,7 @@ def get_config():
         "num_heads": 4,
         "mlp_ratio": 4.0,
     }
-    config.teacher.training.num_steps = 4000
+    config.teacher.training.num_steps = 3000
     config.teacher.training.learning_rate = 2e-3
     config.objective.kind = "continuous"
     config.objective.boundary_weight = 0.0  # contained in eq. 5, since alpha(1) = 0
