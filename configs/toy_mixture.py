@@ -2,6 +2,9 @@
 
 python -m boot_jax.main --config=configs/toy_mixture.py
 
+Normalised error of the student 0.0044 in one step (0.0042 with config.seed=1); of the
+teacher's DDIM 0.042 in 8 steps, 0.015 in 16, 0.0046 in 32. Frechet distance 0.003, as
+DDIM with 31 steps. In all 46 s on two CPU cores that others used too.
 """
 
 import math
@@ -12,7 +15,7 @@ NUM_COMPONENTS = 24
 
 
 def spiral(num: int) -> tuple[tuple[float, float], ...]:
-    """Points of a spiral of one turn and a quarter, the outermost at 1.8."""
+    """Points of a spiral of almost one turn and a half, the outermost at 1.8."""
     angles = [0.5 + (3 * math.pi - 0.5) * i / (num - 1) for i in range(num)]
     radii = [1.8 * angle / (3 * math.pi) for angle in angles]
     return tuple(

@@ -38,7 +38,7 @@ done
 [[ -n "$config" ]] || refuse "which config?"
 
 # Without it a box whose driver is broken would quietly train on the CPU.
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 # Compiled programs are kept, also short ones: a resumed run starts in seconds.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-.jax_cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0

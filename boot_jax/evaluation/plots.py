@@ -189,7 +189,7 @@ def error_over_time(
     figure, axes = _axes(
         "Error along the trajectory",
         "target time t  (1 = noise, 0 = data)",
-        "normalised error (1 = the mean image)",
+        "squared error over the images' variance",
     )
     order = np.argsort(times)
     for i, (label, values) in enumerate(curves.items()):
