@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from boot_jax.models import dit
 from boot_jax.models.dit import DiT, DiTBlock, position_embedding
 
 X = np.random.default_rng(0).normal(size=(3, 4, 6, 2)).astype(np.float32)
@@ -265,7 +264,7 @@ def test_attention_implementation_is_passed_on(monkeypatch):
         seen.append(implementation)
         return v
 
-    monkeypatch.setattr(dit.jax.nn, "dot_product_attention", attend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     network = DiT(**SIZES, attention_implementation="cudnn")
     jax.eval_shape(network.init, jax.random.key(0), X, TIME, LABEL)
     assert seen == ["cudnn", "cudnn"]
