@@ -18,7 +18,12 @@ from boot_jax.models import create_network
 from boot_jax.teachers.base import network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.training.state import create_optimizer, create_state
-from boot_jax.training.step import denoising_loss, distillation_loss, make_train_step
+from boot_jax.training.step import (
+    Loss,
+    denoising_loss,
+    distillation_loss,
+    make_train_step,
+)
 
 SHAPE, SCHEDULE, PREDICTION = (8, 8, 1), CosineSchedule(), "v_prediction"
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -42,7 +47,7 @@ BASE = "teacher training"
 
 
 def compiled(
-    loss: Callable[..., Any], params: Any, frozen: Any, batches: Any, k: int
+    loss: Loss, params: Any, frozen: Any, batches: Any, k: int
 ) -> Callable[[], float]:
     """A dispatch of ``k`` steps that is compiled, giving the seconds of one step."""
     optimizer = create_optimizer(learning_rate=1e-4, num_steps=1000)

@@ -1,25 +1,19 @@
-"""What may be set: the schema with its defaults, and the one place where it is checked.
+"""What may be set: the schema with its defaults, and what is made of it.
 
 A config file calls `default_config`, changes fields and returns it. The result is a
-locked `ml_collections.ConfigDict`: a misspelt field is an error. `validate` checks at
-the border what later code relies on, and says in one line what is wrong and what would
-be right; nothing below re-checks it.
+locked `ml_collections.ConfigDict`: a misspelt field is an error.
+`boot_jax.validation` checks the values.
 """
 
 import difflib
-import functools
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
 from boot_jax.objectives import Objective
-from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.schedules import NoiseSchedule, get_schedule
-from boot_jax.student import TIME_CONDITIONINGS, check_conversion
-from boot_jax.training.state import LEARNING_RATE_DECAYS
 
 TEACHER_SOURCES = ("train", "checkpoint", "mixture")
 NETWORKS = ("dit", "unet")
@@ -42,33 +36,6 @@ _SCHEDULE_FIELDS = {
 }
 
 
-_CHOICES = {
-    "teacher.source": TEACHER_SOURCES,
-    "teacher.prediction_type": PREDICTION_TYPES,
-    "teacher.thresholding": tuple(THRESHOLDING),
-    "teacher.training.decay": LEARNING_RATE_DECAYS,
-    "network.name": NETWORKS,
-    "network.dtype": ("float32", "bfloat16"),
-    "student.time_conditioning": TIME_CONDITIONINGS,
-    "distill.decay": LEARNING_RATE_DECAYS,
-}
-
-_POSITIVE = tuple(
-    f"{section}.{name}"
-    for section, names in {
-        "teacher.training": "num_steps batch_size learning_rate max_grad_norm",
-        "distill": "num_steps batch_size learning_rate max_grad_norm",
-        "student": "num_half_waves",
-        "evaluation": "num_images num_real batch_size ode_steps error_times "
-        "error_images grid_images neighbours",
-        "sample": "num batch_size",
-        "run": "log_every checkpoint_every keep_checkpoints",
-        "mesh": "fsdp",
-    }.items()
-    for name in names.split()
-)
-
-
 class ConfigError(ValueError):
     """A config that cannot be run; the message is one line for the user."""
 
@@ -86,6 +53,8 @@ def _training(num_steps: int, batch_size: int) -> ml_collections.ConfigDict:
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "ema_decay": 0.999,
+            "microbatches": 1,  # parts of the batch, one after the other in less memory
+            "skip_nonfinite": 0,  # steps that may be left out as not finite, at most
         }
     )
 
@@ -126,7 +95,9 @@ def default_config() -> Any:
         {
             "name": "dit",  # dit | unet
             "dtype": "float32",  # of the computation: float32 | bfloat16
-            "remat": False,  # recompute blocks in the backward pass
+            # What a block keeps for the backward pass: none recomputes nothing; else a
+            # policy of jax.checkpoint_policies (nothing_saveable: the least memory).
+            "remat": "none",
             "dit": {
                 "patch_size": 2,
                 "hidden_size": 128,
@@ -152,6 +123,7 @@ def default_config() -> Any:
             "source": "train",  # train | checkpoint | mixture
             "path": "",  # of the checkpoint: a folder with model.json
             "prediction_type": "v_prediction",
+            "param_dtype": "float32",  # in which it is kept: float32 | bfloat16
             "thresholding": "none",  # none | clip | dynamic
             "guidance_scale": 1.0,  # w; 1 is no guidance
             "guidance_range": (),  # (w_min, w_max): drawn, and told to the student
@@ -217,7 +189,11 @@ def default_config() -> Any:
         {
             "data": -1,  # devices on the data axis; -1: all that are left
             "fsdp": 1,  # devices that share the parameters
+            "tensor": 1,  # devices that share what a rule AXIS:DIMENSION splits
             "fsdp_min_size": 2**20,  # smaller arrays are replicated
+            # (regex, tactic) by the parameter's path; see boot_jax.sharding.
+            "rules": ((".*", "fsdp"),),
+            "teacher_rules": ((".*", "fsdp"),),
         }
     )
     config.run = ml_collections.ConfigDict(
@@ -225,7 +201,11 @@ def default_config() -> Any:
             "steps_per_dispatch": 0,  # 0: chosen by backend and network
             "log_every": 100,
             "checkpoint_every": 1000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest so many
+            "keep_every": 0,  # steps divisible by it are kept for good; 0 for none
+            "watchdog_seconds": 1800,  # for a step, before it counts as hung; 0: no end
+            "heartbeat_seconds": 100,  # of silence, before a process counts as dead
+            "spike_factor": 5.0,  # a loss so many times the median is recorded; 0: none
             "tensorboard": True,
             "wandb_project": "",  # needs the extra [wandb]
             "force": False,  # go on though the workdir's teacher or config differs
@@ -243,7 +223,7 @@ def schedule_from(config: Mapping[str, Any]) -> NoiseSchedule:
     """
     name = config["name"]
     if name not in _SCHEDULE_FIELDS:
-        raise ConfigError(_unknown("schedule.name", name, _SCHEDULE_FIELDS))
+        raise ConfigError(unknown("schedule.name", name, _SCHEDULE_FIELDS))
     try:
         return get_schedule(name, **schedule_options(config))
     except ValueError as error:
@@ -267,108 +247,12 @@ def objective_from(config: Mapping[str, Any]) -> Objective:
         raise ConfigError(f"objective: {error}") from error
 
 
-def _unknown(field: str, value: Any, known: Iterable[str]) -> str:
+def unknown(field: str, value: Any, known: Iterable[str]) -> str:
+    """One line: the field has none of the values that are known."""
     names = sorted(known)
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{field} is {value!r}, but must be one of {', '.join(names)}{hint}"
-
-
-def _field(config: Any, path: str) -> Any:
-    return functools.reduce(lambda tree, name: tree[name], path.split("."), config)
-
-
-def _check_choices(config: Any) -> None:
-    for path, known in _CHOICES.items():
-        if _field(config, path) not in known:
-            raise ConfigError(_unknown(path, _field(config, path), known))
-
-
-def _check_positive(config: Any) -> None:
-    for path in _POSITIVE:
-        if not _field(config, path) > 0:
-            raise ConfigError(f"{path} is {_field(config, path)}, but must be positive")
-
-
-def _check_training(section: str, training: Any) -> None:
-    for name in ("b1", "b2", "ema_decay", "warmup_steps", "weight_decay"):
-        limit = math.inf if name in ("warmup_steps", "weight_decay") else 1
-        if not 0 <= training[name] < limit:
-            raise ConfigError(
-                f"{section}.{name} is {training[name]}, but must lie in [0, {limit})"
-            )
-
-
-def _check_evaluation(evaluation: Any) -> None:
-    steps = evaluation.ddim_steps
-    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
-        raise ConfigError(
-            f"evaluation.ddim_steps is {tuple(steps)}, but must be positive numbers of "
-            "steps, at least one, each once"
-        )
-    if min(evaluation.num_images, evaluation.num_real) <= evaluation.neighbours:
-        raise ConfigError(
-            "evaluation.num_images and evaluation.num_real must be more than "
-            f"evaluation.neighbours = {evaluation.neighbours}"
-        )
-
-
-def _check_guidance(config: Any) -> None:
-    teacher = config.teacher
-    guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
-    if teacher.source == "train" and guided and not config.data.labels:
-        raise ConfigError(
-            "guidance needs a class-conditional teacher: set data.labels=True, or "
-            "teacher.guidance_scale=1.0 and an empty teacher.guidance_range"
-        )
-    drawn = tuple(teacher.guidance_range)
-    if drawn and (len(drawn) != 2 or not drawn[0] <= drawn[1]):
-        raise ConfigError(
-            f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
-        )
-    told = config.sample.guidance_scale
-    if drawn and not drawn[0] <= told <= drawn[1]:
-        raise ConfigError(
-            f"sample.guidance_scale is {told}, but must lie in the range that the "
-            f"student learns, teacher.guidance_range = {drawn}"
-        )
-
-
-def validate(config: Any) -> None:
-    """Checks a config as a whole, before anything is written or compiled.
-
-    Raises:
-      ConfigError: the first thing that is wrong, in one line.
-    """
-    _check_choices(config)
-    _check_positive(config)
-    _check_training("teacher.training", config.teacher.training)
-    _check_training("distill", config.distill)
-    _check_evaluation(config.evaluation)
-    _check_guidance(config)
-    schedule = schedule_from(config.schedule)
-    objective = objective_from(config.objective)
-    if config.teacher.source != "mixture":
-        try:
-            check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))
-    if config.teacher.source == "mixture" and (not means or means != scales):
-        raise ConfigError(
-            f"teacher.mixture has {means} means and {scales} scales; as many of each, "
-            "at least one, are needed"
-        )
-    if config.teacher.source == "train" and not config.data.name:
-        raise ConfigError(
-            "teacher.source is 'train', but data.name is empty; name the images to "
-            "train on (digits, folder or tfds:NAME)"
-        )
-    if config.teacher.source == "checkpoint" and not config.teacher.path:
-        raise ConfigError(
-            "teacher.source is 'checkpoint', but teacher.path is empty; "
-            "give the folder that holds model.json"
-        )
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -21,6 +21,15 @@ _MODE = flags.DEFINE_enum(
     ["all", "teacher", "distill", "sample", "evaluate"],
     "What to do; all does whatever is missing, and the report.",
 )
+flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether other processes take part; auto asks the environment, on also a cloud.",
+)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+flags.DEFINE_integer("num_processes", None, "How many take part.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
 _SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
 
@@ -28,7 +37,9 @@ _SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
 def main() -> int:
     """Runs the command; gives the exit code.
 
-    0: done. 1: a loss was not finite. 2: something to mend, said in one line.
+    0: done. 1: a loss was not finite. 2: something to mend, said in one line. 75: asked
+    to stop, and saved. 76: hung, or another process has gone. After 75 and 76 the same
+    command goes on; docs/operations.md has more.
     """
     app.define_help_flags()
     try:
@@ -48,17 +59,16 @@ def main() -> int:
             return _refuse(f"the config cannot be read: {_last_line(error)}")
         return _refuse(" ".join(str(error).split()))
     # After the flags, so that a misspelt one is answered at once.
-    from boot_jax import pipeline
+    from boot_jax import interruption
 
-    logging.set_verbosity(logging.WARNING)
-    try:
-        print(pipeline.execute(_MODE.value, _config(), _workdir()))
-    except pipeline.USER_ERRORS as error:
-        return _refuse(str(error))
-    except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with interruption.Interruption() as asked:
+        from boot_jax import pipeline
+
+        logging.set_verbosity(logging.WARNING)
+        names = ("coordinator_address", "num_processes", "process_id")
+        cluster = {name: flags.FLAGS[name].value for name in names}
+        cluster["mode"] = flags.FLAGS["distributed"].value
+        return pipeline.answer(_MODE.value, _config(), _workdir(), cluster, asked)
 
 
 def _config() -> Any:

@@ -153,6 +153,11 @@ class Objective:
                 f"{self.boundary_share}; at least 0, and in (0, 1], are needed"
             )
 
+    @property
+    def boundary_stride(self) -> int:
+        """The boundary loss, where there is one, takes every so-many-th image."""
+        return max(1, round(1 / self.boundary_share)) if self.boundary_weight else 1
+
 
 def draw_times(
     objective: Objective, key: Array, batch_size: int, progress: Array | float = 0.0
@@ -322,7 +327,7 @@ def _with_boundary(
     """Adds ``beta L_BC`` of eq. (4), on every n-th image of the batch."""
     metrics = {"loss/trajectory": loss}
     if objective.boundary_weight > 0:
-        stride = max(1, round(1 / objective.boundary_share))
+        stride = objective.boundary_stride
         # A stride, not a leading slice: it stays on the device that holds the images.
         eps, condition = jax.tree.map(lambda leaf: leaf[::stride], (eps, condition))
         t_max = jnp.full(eps.shape[:1], objective.t_max, eps.dtype)

@@ -7,6 +7,7 @@ evaluate  compare both, and write the report
 all       whatever of the first two is missing, then evaluate (the default)
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +19,23 @@ from jax import Array
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
-from boot_jax import sampling, sharding, summary
+from boot_jax import (
+    distributed,
+    interruption,
+    sampling,
+    sharding,
+    summary,
+    validation,
+)
 from boot_jax.evaluation import paired
 from boot_jax.evaluation.features import FEATURES, get_features
+from boot_jax.interruption import Interruption
 from boot_jax.models.weights import WeightsError
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
 from boot_jax.teachers.mixture import sample_mixture
 from boot_jax.training.checkpoints import CheckpointError, Checkpoints
+from boot_jax.training.logs import record
 from boot_jax.training.run import state_template, train
 from boot_jax.training.state import TrainState
 from boot_jax.training.step import distillation_loss
@@ -36,6 +46,7 @@ USER_ERRORS = (
     CheckpointError,
     config_lib.ConfigError,
     data_lib.DataError,
+    distributed.DistributedError,
     sharding.MeshError,
     TeacherError,
     WeightsError,
@@ -47,14 +58,10 @@ def distill(run: Run) -> TrainState:
     """Trains the student to the end, or reads it if it is trained."""
     config, teacher = run.config, run.teacher
     training = config.distill
-    sharding.check_batch_size("distill.batch_size", training.batch_size, run.mesh)
-    key = jax.random.key(config.seed, impl="threefry2x32")
-    frozen = sharding.place(
-        teacher.params,
-        sharding.parameter_shardings(
-            teacher.params, run.mesh, config.mesh.fsdp_min_size
-        ),
+    sharding.check_batch_size(
+        "distill.batch_size", training.batch_size, run.mesh, training.microbatches
     )
+    key = jax.random.key(config.seed, impl="threefry2x32")
     return train(
         run.workdir,
         "student",
@@ -66,18 +73,17 @@ def distill(run: Run) -> TrainState:
             conditions=run.conditions,
             sample_shape=teacher.sample_shape,
             batch_size=training.batch_size,
-            batch_sharding=sharding.batch_sharding(run.mesh),
+            batch_sharding=sharding.batch_sharding(run.mesh, axis=1),
         ),
         init=run.student.init,
-        frozen=frozen,
+        frozen=run.placed_teacher.params,
         batches=None,
         key=jax.random.fold_in(key, 2**31),
         training=training,
-        run=config.run,
+        config=config,
         mesh=run.mesh,
-        fsdp_min_size=config.mesh.fsdp_min_size,
-        network=config.network.name,
         metadata=run.metadata,
+        interruption=run.interruption,
     )
 
 
@@ -92,10 +98,13 @@ def trained_pair(run: Run) -> paired.Pair:
             f"there is no student in {run.workdir}; train one with --mode=distill"
         )
     checkpoints = Checkpoints(
-        run.workdir / "checkpoints", run.metadata, force=run.config.run.force
+        run.workdir / "checkpoints",
+        run.metadata,
+        force=run.config.run.force,
+        record=functools.partial(record, run.workdir),
     )
     template = state_template(
-        run.student.init, run.config.distill, run.mesh, run.config.mesh.fsdp_min_size
+        run.student.init, run.config.distill, run.mesh, run.config.mesh
     )
     state = checkpoints.restore(template)
     checkpoints.close()
@@ -104,7 +113,7 @@ def trained_pair(run: Run) -> paired.Pair:
         signal=run.student.signal,
         params=state.ema_params,
         denoise=run.denoise,
-        teacher=run.teacher,
+        teacher=run.placed_teacher,
         objective=run.objective,
         guidance_scale=scale,
     )
@@ -139,8 +148,7 @@ def sample(run: Run) -> pathlib.Path:
         pair.student(), noise, condition, options.num, options.batch_size, run.mesh
     ).images
     folder = run.workdir / "samples" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    summary.save_images(folder, images)
+    distributed.on_main(lambda: summary.save_images(folder, images))
     return folder
 
 
@@ -170,7 +178,9 @@ def evaluate(run: Run) -> pathlib.Path:
         pair, options, features, real, run.mesh, progress=watch.progress
     )
     results["data"] = provenance
-    return summary.write(run.workdir, run.config, results, rows, pair, watch.seconds())
+    return summary.write(
+        run.workdir, run.config, results, rows, pair, run.mesh, watch.seconds()
+    )
 
 
 def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
@@ -186,21 +196,25 @@ def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
     return None, "the teacher's own ODE samples: the config names no data"
 
 
-def execute(mode: str, config: Any, workdir: str) -> str:
+def execute(
+    mode: str, config: Any, workdir: str, asked: Interruption | None = None
+) -> str:
     """Runs one mode of the command; gives the line to print at its end.
 
     Raises:
       ValueError: one of `USER_ERRORS`, for what a user can mend.
       FloatingPointError: a loss or gradient is not finite.
+      Preempted: the run was asked to stop, and has saved.
     """
-    config_lib.validate(config)
+    validation.validate(config)
     if config.evaluation.features not in FEATURES:
         raise config_lib.ConfigError(
             f"evaluation.features is {config.evaluation.features!r}, but must be one "
             f"of {', '.join(FEATURES)}"
         )
-    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp)
-    run = Run(config, open_workdir(workdir, config), mesh)
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    folder = open_workdir(workdir, config)
+    run = Run(config, folder, mesh, asked or Interruption())
     if mode == "teacher":
         _ = run.teacher
         return f"teacher: {run.workdir / 'teacher'}"
@@ -211,3 +225,48 @@ def execute(mode: str, config: Any, workdir: str) -> str:
     if mode == "distill":
         return f"student: {run.workdir / 'checkpoints'}"
     return f"report: {evaluate(run)}"
+
+
+def answer(
+    mode: str,
+    config: Any,
+    workdir: str,
+    cluster: dict[str, Any],
+    asked: Interruption,
+) -> int:
+    """Runs one mode among whatever processes there are; says how it ended.
+
+    Args:
+      mode, config, workdir: see `execute`.
+      cluster: arguments of `boot_jax.distributed.start`.
+      asked: the signals, heard already.
+
+    Returns:
+      The exit code of `boot_jax.main`.
+    """
+    try:
+        heartbeat = config.run.heartbeat_seconds
+        distributed.start(**cluster, heartbeat_seconds=heartbeat)
+        asked.join()
+        done = execute(mode, config, workdir, asked)
+    except USER_ERRORS as error:
+        interruption.say(f"error: {error}")
+        return interruption.EXIT_REFUSED
+    except FloatingPointError as error:
+        interruption.say(f"stopped: {error}")
+        return interruption.EXIT_NOT_FINITE
+    except interruption.Preempted as stop:
+        interruption.say(f"{stop}; the same command goes on")
+        return interruption.EXIT_PREEMPTED
+    except (OSError, RuntimeError, ValueError) as error:
+        if distributed.is_lost_peer(error):
+            interruption.abandon(error)
+        if not isinstance(error, OSError):
+            raise
+        interruption.say(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}"
+        )
+        return interruption.EXIT_REFUSED
+    if distributed.is_main():
+        print(done)
+    return 0

@@ -11,14 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
-from boot_jax import sharding, summary
+from boot_jax import distributed, sharding, summary
 from boot_jax.batches import batches
 from boot_jax.conditions import Conditions
 from boot_jax.guidance import Denoiser
+from boot_jax.interruption import Interruption
 from boot_jax.models import create_network
 from boot_jax.objectives import Objective
 from boot_jax.schedules import NoiseSchedule
@@ -38,11 +39,13 @@ class Run:
       config: validated.
       workdir: made, and known to be this config's.
       mesh: over all devices.
+      interruption: what may ask the run to stop.
     """
 
     config: Any
     workdir: pathlib.Path
     mesh: Mesh
+    interruption: Interruption = dataclasses.field(default_factory=Interruption)
 
     @functools.cached_property
     def dataset(self) -> data_lib.Dataset | None:
@@ -83,11 +86,26 @@ class Run:
         folder = self.workdir / "teacher"
         if source == "checkpoint":
             folder = pathlib.Path(self.config.teacher.path)
-        elif not teacher_checkpoint.exists(folder):
+        elif not distributed.on_main(lambda: teacher_checkpoint.exists(folder)):
             _train_teacher(self, folder)
         loaded = teacher_checkpoint.load_teacher(folder, **self.network_overrides)
         _check_teacher(self, loaded)
         return loaded
+
+    @functools.cached_property
+    def placed_teacher(self) -> Teacher:
+        """The teacher with its parameters on the mesh, in the type they are kept in."""
+        mesh, dtype = self.config.mesh, jnp.dtype(self.config.teacher.param_dtype)
+
+        def kept(leaf: Any) -> np.ndarray:
+            host = np.asarray(leaf)
+            return host.astype(dtype) if host.dtype == np.float32 else host
+
+        params = jax.tree.map(kept, self.teacher.params)
+        where = sharding.parameter_shardings(
+            params, self.mesh, mesh.teacher_rules, mesh.fsdp_min_size
+        )
+        return dataclasses.replace(self.teacher, params=sharding.place(params, where))
 
     @functools.cached_property
     def student(self) -> Student:
@@ -203,7 +221,10 @@ def _train_teacher(run: Run, folder: pathlib.Path) -> None:
     assert dataset is not None  # validated
     training = config.teacher.training
     sharding.check_batch_size(
-        "teacher.training.batch_size", training.batch_size, run.mesh
+        "teacher.training.batch_size",
+        training.batch_size,
+        run.mesh,
+        training.microbatches,
     )
     num_classes = dataset.num_classes if config.data.labels else None
     if config.data.labels and num_classes is None:
@@ -240,24 +261,26 @@ def _train_teacher(run: Run, folder: pathlib.Path) -> None:
         batches=functools.partial(_placed_batches, run, dataset),
         key=jax.random.key(config.seed, impl="threefry2x32"),
         training=training,
-        run=config.run,
+        config=config,
         mesh=run.mesh,
-        fsdp_min_size=config.mesh.fsdp_min_size,
-        network=name,
+        interruption=run.interruption,
         metadata={
             "identity": {"model": description},
             "config": json.loads(config_lib.to_json(config)),
             "versions": summary.versions(),
         },
     )
-    teacher_checkpoint.save_teacher(folder, description, state.ema_params)
+    params = sharding.to_host(state.ema_params)
+    distributed.on_main(
+        lambda: teacher_checkpoint.save_teacher(folder, description, params)
+    )
 
 
 def _placed_batches(
     run: Run, dataset: data_lib.Dataset, start_step: int, steps_per_dispatch: int
 ) -> Iterator[Any]:
     """Batches ``[k, B, ...]`` on the mesh, split over the second axis."""
-    where = NamedSharding(run.mesh, PartitionSpec(None, sharding.AXES))
+    where = sharding.batch_sharding(run.mesh, axis=1)
     for batch in batches(
         dataset,
         run.config.teacher.training.batch_size,

@@ -20,7 +20,7 @@ from boot_jax.guidance import SCALE_KEY, Denoiser
 from boot_jax.objectives import Objective, Signal
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
-from boot_jax.sharding import batch_sharding, place
+from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
 from boot_jax.solvers import ddim_step, heun_step, time_grid
 
 #: ``generate(eps [B, H, W, C], condition) -> images [B, H, W, C]``.
@@ -171,7 +171,8 @@ def generate(
       The images on the host, and the seconds that the generator took for each, without
       its compilation, the drawing of noise and the transfer.
     """
-    batch_size = -(-min(batch_size, num) // mesh.size) * mesh.size
+    shards = batch_shards(mesh)
+    batch_size = -(-min(batch_size, num) // shards) * shards
     sharding = batch_sharding(mesh)
     images, seconds = [], 0.0
     for start in range(0, num, batch_size):
@@ -182,6 +183,6 @@ def generate(
         before = time.perf_counter()
         batch = jax.block_until_ready(generator(eps, given))
         seconds += time.perf_counter() - before
-        images.append(np.asarray(jax.device_get(batch), np.float32))
+        images.append(to_host(batch).astype(np.float32))
     total = len(images) * batch_size
     return Generated(np.concatenate(images)[:num], seconds / total)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from boot_jax.guidance import SCALE_KEY
@@ -32,7 +33,8 @@ class Student:
 
     Attributes:
       signal: ``(params, eps [B, H, W, C], t [B], condition) -> y_t``.
-      init: ``key -> params``, float32; the teacher's weights where it has a network.
+      init: ``key -> params``, float32; copies of the teacher's weights where it has a
+        network, as numpy arrays.
       network: the Linen module behind ``signal``.
     """
 
@@ -158,15 +160,14 @@ def _initialiser(
         if inherited is None:
             return jax.jit(fresh)(key)
         # Compiled, so that only the new embeddings are ever made; and the teacher's
-        # weights are copied, since the training step gives its own buffers away.
+        # weights are copied, since the training step gives its own buffers away: on the
+        # host, from where each device gets its part.
         new = jax.jit(
             lambda key: {
                 name: leaf for name, leaf in fresh(key).items() if name not in inherited
             }
         )(key)
-        copied = jax.tree.map(
-            lambda leaf: jnp.array(leaf, jnp.float32, copy=True), inherited
-        )
+        copied = jax.tree.map(lambda leaf: np.array(leaf, np.float32), inherited)
         return copied | new
 
     return init

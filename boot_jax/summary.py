@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from boot_jax.evaluation import paired, plots, report
+from boot_jax.sampling import generate
 from boot_jax.training.logs import read_metrics
 from boot_jax.workdir import write_text
 
@@ -54,9 +56,10 @@ def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
     What is no image, having neither one nor three channels, goes to ``samples.npy``.
 
     Args:
-      folder: it exists.
+      folder: made if it is not there.
       images: ``[N, H, W, C]``, images in [-1, 1].
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if images.shape[-1] not in (1, 3):
         np.save(folder / "samples.npy", images)
         return
@@ -87,6 +90,7 @@ def write(
     results: dict[str, Any],
     rows: Mapping[str, np.ndarray],
     pair: paired.Pair,
+    mesh: Mesh,
     evaluation_seconds: float,
 ) -> pathlib.Path:
     """Writes ``results.json``, the grid and ``report.html``; prints a table.
@@ -96,6 +100,7 @@ def write(
       config: of the run.
       results, rows: of `paired.compare`.
       pair: who was compared; a two-dimensional one gets a plot of its map.
+      mesh: of devices.
       evaluation_seconds: what the comparison took.
 
     Returns:
@@ -108,9 +113,10 @@ def write(
     }
     results["versions"] = versions()
     results["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    images = _figures(workdir, results, rows, pair)
+    ends = _ends(pair, mesh) if pair.teacher.sample_shape == (1, 1, 2) else None
     path = workdir / "report.html"
     if jax.process_index() == 0:
+        images = _figures(workdir, results, rows, ends)
         text = json.dumps(results, indent=2, allow_nan=False)
         write_text(workdir / "results.json", text + "\n")
         report.write_report(
@@ -128,11 +134,12 @@ def _figures(
     workdir: pathlib.Path,
     results: Mapping[str, Any],
     rows: Mapping[str, np.ndarray],
-    pair: paired.Pair,
+    ends: list[np.ndarray] | None,
 ) -> dict[str, bytes]:
     figures: dict[str, bytes] = {}
-    if pair.teacher.sample_shape == (1, 1, 2):
-        figures["where each noise goes: exact ODE and student"] = _map(pair)
+    if ends is not None:
+        title = "where each noise goes: exact ODE and student"
+        figures[title] = plots.map_scatter(*ends)
     else:
         grid = plots.encode_png(plots.image_grid(rows))
         (workdir / "samples").mkdir(exist_ok=True)
@@ -151,17 +158,19 @@ def _figures(
     )
     for name, folder in (("student", workdir), ("teacher", workdir / "teacher")):
         if metrics := read_metrics(folder):
-            steps = [int(row["step"]) for row in metrics]
-            losses = [row["loss"] for row in metrics]
+            rows_with_loss = [row for row in metrics if "loss" in row]
+            steps = [int(row["step"]) for row in rows_with_loss]
+            losses = [row["loss"] for row in rows_with_loss]
             title = f"loss of the {name}"
             figures[title] = plots.loss_curve(steps, losses, title)
     return figures
 
 
-def _map(pair: paired.Pair, num: int = 600, seed: int = 5) -> bytes:
-    """The student's map beside the exact one, for two-dimensional data."""
-    indices = np.arange(num)
-    eps, condition = pair.noise(seed)(indices), pair.condition(indices)
-    ends = [sampler(eps, condition) for sampler in (pair.ode(128), pair.student())]
-    flat = (np.asarray(points).reshape(num, 2) for points in (eps, *ends))
-    return plots.map_scatter(*flat)
+def _ends(
+    pair: paired.Pair, mesh: Mesh, num: int = 600, seed: int = 5
+) -> list[np.ndarray]:
+    """Noises ``[num, 2]``, and where the exact ODE and the student take them."""
+    noise = pair.noise(seed)
+    samplers = (lambda eps, _: eps, pair.ode(128), pair.student())
+    made = (generate(s, noise, pair.condition, num, num, mesh) for s in samplers)
+    return [generated.images.reshape(num, 2) for generated in made]

@@ -4,9 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-
 from boot_jax import config as config_lib
+from boot_jax import distributed
 
 
 class WorkdirError(ValueError):
@@ -16,14 +15,25 @@ class WorkdirError(ValueError):
 def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
     """Makes the folder, or finds that it is this config's; writes ``config.json``.
 
-    Nothing is written over before both are known.
+    Nothing is written over before both are known. Process 0 does it for all, which must
+    see the same folder.
 
     Raises:
-      WorkdirError: it cannot be written, or it belongs to another config and
-        ``run.force`` is not set.
+      WorkdirError: it cannot be written, it belongs to another config and ``run.force``
+        is not set, or a process does not see it.
     """
     folder = pathlib.Path(path).absolute()
     kept = folder / "config.json"
+    distributed.on_main(lambda: _open(folder, kept, config))
+    if not distributed.wait_for_all(kept.exists):
+        raise WorkdirError(
+            f"not every process sees the workdir {folder}; it must lie on storage that "
+            "all of them share"
+        )
+    return folder
+
+
+def _open(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
     try:
         if kept.exists():
             _check_owner(folder, kept, config)
@@ -33,14 +43,12 @@ def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
                 "--workdir"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_text(kept, config_lib.to_json(config))
+        write_text(kept, config_lib.to_json(config))
     except OSError as error:
         raise WorkdirError(
             f"cannot write to the workdir {folder} ({error.strerror}); choose another "
             "--workdir"
         ) from error
-    return folder
 
 
 def _check_owner(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:

@@ -23,7 +23,7 @@ def get_config():
     config.schedule.shift = 4.0  # 256 / 64: what an average over 4x4 pixels loses
     config.network.name = "unet"
     config.network.dtype = "bfloat16"
-    config.network.remat = True
+    config.network.remat = "nothing_saveable"
     config.network.unet = {  # attention at 16x16
         "block_out_channels": (128, 128, 256, 256, 512, 512),
         "down_block_types": (

@@ -8,7 +8,10 @@ from unittest import mock
 
 from absl import flags
 
-_OURS = ("config", "workdir", "mode", "num", "seed")
+_OURS = (
+    *("config", "workdir", "mode", "num", "seed", "distributed"),
+    *("coordinator_address", "num_processes", "process_id"),
+)
 
 DIGITS = """
 from boot_jax.config import default_config

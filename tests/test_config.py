@@ -7,9 +7,10 @@ import ml_collections
 import pytest
 
 from boot_jax import config as config_lib
-from boot_jax.config import ConfigError, default_config, differences, validate
+from boot_jax.config import ConfigError, default_config, differences
 from boot_jax.objectives import Objective
 from boot_jax.schedules import get_schedule
+from boot_jax.validation import validate
 
 
 def changed(**fields):

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from PIL import Image
 
 from boot_jax import config as config_lib
-from boot_jax import pipeline
+from boot_jax import pipeline, validation
 from boot_jax.run import Run
 from boot_jax.sharding import AXES
 from boot_jax.student import create_student
@@ -56,7 +56,7 @@ def parameters(tree: Any) -> float:
 def test_a_config_is_valid_locked_and_says_its_command(path):
     module = module_of(path)
     config = module.get_config()
-    config_lib.validate(config)
+    validation.validate(config)
     assert config.is_locked
     with pytest.raises(AttributeError):
         config.distill.nun_steps = 1
@@ -137,10 +137,10 @@ def quick_compilation() -> Iterator[None]:
 
 
 def run_on_one_device(config: Any, workdir: pathlib.Path) -> Run:
-    config_lib.validate(config)
-    one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 2}
+    validation.validate(config)
+    one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 3}
     return Run(
-        config, open_workdir(workdir, config), jax.make_mesh((1, 1), AXES, **one)
+        config, open_workdir(workdir, config), jax.make_mesh((1, 1, 1), AXES, **one)
     )
 
 

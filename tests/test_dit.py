@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from boot_jax.models.dit import DiT, DiTBlock, position_embedding
+from boot_jax.models.layers import REMAT_POLICIES
 
 X = np.random.default_rng(0).normal(size=(3, 4, 6, 2)).astype(np.float32)
 TIME = np.array([0.0, 300.0, 1000.0], np.float32)
@@ -218,9 +219,10 @@ def test_bfloat16_ends_in_float32():
     assert (np.asarray(actual) != np.asarray(actual.astype(jnp.bfloat16), "f")).any()
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("policy", REMAT_POLICIES[1:])
+def test_remat_changes_nothing(policy):
     network, params = noisy()
-    remat = network.clone(remat=True)
+    remat = network.clone(remat=policy)
 
     def loss(network: DiT, params: Any) -> Any:
         return jnp.sum(jnp.sin(run(network, params, X, TIME, LABEL)))

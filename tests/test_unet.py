@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from boot_jax.models.layers import AddedEmbeddings
+from boot_jax.models.layers import REMAT_POLICIES, AddedEmbeddings
 from boot_jax.models.unet import UNet
 from boot_jax.models.weights import from_diffusers
 
@@ -263,9 +263,10 @@ def test_vmap_over_images_is_the_batch(params: Any, output: jax.Array):
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(X, TIME), output, atol=1e-5)
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("policy", REMAT_POLICIES[1:])
+def test_remat_changes_no_gradient(policy):
     params = drawn(ONE_LEVEL, X, TIME)
-    plain, remat = gradient(ONE_LEVEL), gradient(ONE_LEVEL.clone(remat=True))
+    plain, remat = gradient(ONE_LEVEL), gradient(ONE_LEVEL.clone(remat=policy))
     assert "remat" in str(jax.make_jaxpr(remat)(params))
     assert "remat" not in str(jax.make_jaxpr(plain)(params))
     same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)

@@ -31,6 +31,7 @@ from boot_jax.sampling import (
     many_steps,
     one_step,
 )
+from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
 from boot_jax.solvers import signal_step, time_grid
 from boot_jax.teachers.base import Teacher
 
@@ -148,7 +149,7 @@ def compare(
         **scorer.score(Generated(reference, float("nan")), fit=False),
     }
     progress("error over target time")
-    results["error_over_time"] = error_over_time(pair, options)
+    results["error_over_time"] = error_over_time(pair, options, mesh)
     results |= _equivalent(results)
     results["features"], results["num_images"] = features.name, num
     return results, rows
@@ -200,7 +201,9 @@ def _equivalent(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def error_over_time(pair: Pair, options: Mapping[str, Any]) -> dict[str, list[float]]:
+def error_over_time(
+    pair: Pair, options: Mapping[str, Any], mesh: Mesh
+) -> dict[str, list[float]]:
     """The student's error at target times, over the variance of the ODE's images.
 
     The reference is the signal itself, followed by Heun steps in signal space from the
@@ -209,19 +212,24 @@ def error_over_time(pair: Pair, options: Mapping[str, Any]) -> dict[str, list[fl
     Args:
       pair: who is compared.
       options: reads ``error_times``, ``error_images``, ``ode_steps`` and ``seed``.
+      mesh: of devices.
 
     Returns:
       ``{"times": [...], "student": [...]}``, times falling.
     """
-    num_times, num = options["error_times"], options["error_images"]
+    num_times, shards = options["error_times"], batch_shards(mesh)
+    num = -(-options["error_images"] // shards) * shards
     per_time = max(1, options["ode_steps"] // num_times)
     objective, schedule = pair.objective, pair.teacher.schedule
     times = time_grid(num_times * per_time, objective.t_max, objective.t_min)
     indices = np.arange(num)
-    eps, condition = pair.noise(options["seed"])(indices), pair.condition(indices)
+    drawn = pair.noise(options["seed"])(indices), pair.condition(indices)
+    eps, condition = place(drawn, batch_sharding(mesh))
 
     @jax.jit
-    def step(params: Any, y_t: Array, t: Array, s: Array) -> Array:
+    def step(
+        params: Any, eps: Array, condition: Any, y_t: Array, t: Array, s: Array
+    ) -> Array:
         t, s = jnp.full((num,), t), jnp.full((num,), s)
         return signal_step(
             lambda x, t: pair.denoise(params, x, t, condition),
@@ -234,22 +242,27 @@ def error_over_time(pair: Pair, options: Mapping[str, Any]) -> dict[str, list[fl
         )
 
     @jax.jit
-    def student(params: Any, t: Array) -> Array:
+    def student(params: Any, eps: Array, condition: Any, t: Array) -> Array:
         return pair.signal(params, eps, jnp.full((num,), t), condition)
 
-    start = jnp.full((num,), objective.t_max)
-    x_t = expand(schedule.prior_scale(start), eps) * eps
-    params = pair.teacher.params
-    y_t = jax.jit(pair.denoise)(params, x_t, start, condition)
+    @jax.jit
+    def boundary(params: Any, eps: Array, condition: Any) -> Array:
+        start = jnp.full((num,), objective.t_max)
+        x_t = expand(schedule.prior_scale(start), eps) * eps
+        return pair.denoise(params, x_t, start, condition)
+
+    params, times = pair.teacher.params, np.asarray(times)
+    y_t = boundary(params, eps, condition)
     errors = []
     for index in range(num_times + 1):
         t = times[index * per_time]
-        errors.append(np.asarray(student(pair.params, t)) - np.asarray(y_t))
+        predicted = student(pair.params, eps, condition, t)
+        errors.append(to_host(predicted) - to_host(y_t))
         for i in range(index * per_time, min((index + 1) * per_time, len(times) - 1)):
-            y_t = step(params, y_t, times[i], times[i + 1])
+            y_t = step(params, eps, condition, y_t, times[i], times[i + 1])
     # Over one variance, that of the images: at t_max the exact signal may have none.
-    images = np.asarray(y_t)
+    images = to_host(y_t)
     return {
-        "times": np.asarray(times[::per_time], float).tolist(),
+        "times": times[::per_time].astype(float).tolist(),
         "student": [metrics.normalized_error(images + e, images) for e in errors],
     }

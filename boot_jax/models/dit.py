@@ -19,6 +19,7 @@ from boot_jax.models.layers import (
     AddedEmbeddings,
     AttentionImplementation,
     dot_product_attention,
+    rematerialised,
     timestep_embedding,
 )
 
@@ -106,7 +107,8 @@ class DiT(nn.Module):
       added_embeddings: names of the scalars added to the time embedding: a student's.
       num_half_waves: of the added embeddings' Fourier features over [0, 1].
       attention_implementation: of `jax.nn.dot_product_attention`; None chooses.
-      remat: whether to recompute each block in the backward pass, to save memory.
+      remat: what each block keeps for the backward pass, which recomputes the rest; one
+        of `boot_jax.models.layers.REMAT_POLICIES`.
       dtype: of the computation; parameters and the last layer are float32.
     """
 
@@ -120,7 +122,7 @@ class DiT(nn.Module):
     added_embeddings: tuple[str, ...] = ()
     num_half_waves: int = 2
     attention_implementation: AttentionImplementation | None = None
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def _embed(
@@ -187,7 +189,7 @@ class DiT(nn.Module):
         position = position_embedding(rows, columns, self.hidden_size)
         tokens = tokens + jnp.asarray(position, tokens.dtype)[None]
         embedding = nn.silu(self._embed(time, condition, added))
-        block = nn.remat(DiTBlock) if self.remat else DiTBlock
+        block = rematerialised(DiTBlock, self.remat)
         for index in range(self.num_layers):
             tokens = block(
                 self.num_heads,

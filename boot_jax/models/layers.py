@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,32 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 AttentionImplementation = Literal["xla", "cudnn"]
+
+#: What a block keeps for its backward pass: everything, or what the policy of that name
+#: in `jax.checkpoint_policies` says; the rest is computed again.
+REMAT_POLICIES = (
+    "none",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "nothing_saveable",
+)
+
+
+def rematerialised(block: Any, policy: str) -> Any:
+    """A module class that trades time for memory in its backward pass.
+
+    Args:
+      block: a Linen module class.
+      policy: one of `REMAT_POLICIES`.
+
+    Raises:
+      ValueError: the policy is not known.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat is {policy!r}; choose one of {REMAT_POLICIES}")
+    if policy == "none":
+        return block
+    return nn.remat(block, policy=getattr(jax.checkpoint_policies, policy))
 
 
 def timestep_embedding(

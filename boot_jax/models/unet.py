@@ -6,6 +6,7 @@ refused: a UNet of other blocks than its weights were trained in runs, only badl
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
@@ -121,7 +122,8 @@ class UNet(nn.Module):
     with ``num_half_waves`` waves each;
     ``dtype``, what the blocks compute in (parameters, norms, embeddings and the last
     convolution stay in float32); ``attention_implementation``, see `LayerSettings`;
-    ``remat``, to recompute each block in the backward pass.
+    ``remat``, what each block keeps for the backward pass: one of
+    `boot_jax.models.layers.REMAT_POLICIES`.
 
     Raises:
       ValueError: an unsupported value, naming the field and the supported ones.
@@ -159,7 +161,7 @@ class UNet(nn.Module):
     num_half_waves: int = 2
     dtype: DTypeLike = jnp.float32
     attention_implementation: layers.AttentionImplementation | None = None
-    remat: bool = False
+    remat: str = "none"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "UNet":
@@ -284,7 +286,7 @@ class UNet(nn.Module):
             dtype=self.dtype,
             attention_implementation=self.attention_implementation,
         )
-        wrap: Callable[[Any], Any] = nn.remat if self.remat else lambda block: block
+        wrap = functools.partial(layers.rematerialised, policy=self.remat)
         widths, last = self.block_out_channels, len(self.block_out_channels) - 1
         skips = (layers.conv_3x3(widths[0], self.dtype, name="conv_in")(x),)
         for i, name in enumerate(self.down_block_types):

@@ -106,15 +106,20 @@ def initialiser(
 def save_teacher(
     folder: str | pathlib.Path, description: Mapping[str, Any], params: Any
 ) -> None:
-    """Writes a teacher's folder; the weights first, so that a kill leaves no half."""
+    """Writes a teacher's folder, of arrays on the host.
+
+    The weights come first, and each file whole: a kill leaves no half.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     partial = folder / (_WEIGHTS + ".partial")
     safetensors.numpy.save_file(tensors, str(partial))
     partial.replace(folder / _WEIGHTS)
-    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    partial = folder / (_DESCRIPTION + ".partial")
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    partial.replace(folder / _DESCRIPTION)
 
 
 def exists(folder: str | pathlib.Path) -> bool:
@@ -129,6 +134,9 @@ def load_teacher(folder: str | pathlib.Path, **overrides: Any) -> Teacher:
     Args:
       folder: with ``model.json`` and ``model.safetensors``.
       **overrides: fields of the network, such as ``dtype``.
+
+    Returns:
+      The teacher, its parameters as numpy arrays: each device takes its part of them.
 
     Raises:
       TeacherError: it is missing or foreign, or its weights do not fit its network;
@@ -164,7 +172,5 @@ def load_teacher(folder: str | pathlib.Path, **overrides: Any) -> Teacher:
             f"the weights in {folder} do not fit its network: "
             + "; ".join(sorted(problems))
         )
-    params = flax.traverse_util.unflatten_dict(
-        {name: jnp.asarray(tensor) for name, tensor in tensors.items()}, sep="/"
-    )
+    params = flax.traverse_util.unflatten_dict(tensors, sep="/")
     return from_description(description, params, **overrides)

@@ -1,6 +1,7 @@
-"""What a run says while it runs: progress bar, ``metrics.jsonl``, TensorBoard."""
+"""What a run says: progress bar, ``metrics.jsonl``, TensorBoard, ``events.jsonl``."""
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -13,14 +14,16 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from boot_jax.config import ConfigError
+from boot_jax.training.health import SKIPPED, Health
 
 
 class Logger:
     """Writes the metrics of finished steps; only process 0 writes anything.
 
     A line of ``metrics.jsonl`` is ``{"step", "seconds", "images_per_second", "loss",
-    ...}``, means over the steps since the line before. On a resume, lines beyond the
-    restored step are dropped, so that the file has each step once.
+    ...}``, means over the steps since the line before, without those that were skipped.
+    On a resume, lines beyond the restored step are dropped, so that the file has each
+    step once.
 
     Args:
       directory: of the run.
@@ -29,6 +32,7 @@ class Logger:
       log_every: steps between lines.
       tensorboard: whether to write event files as well.
       wandb_project: a Weights & Biases project, or "" for none.
+      health: examines the steps first.
     """
 
     def __init__(
@@ -42,13 +46,15 @@ class Logger:
         log_every: int = 100,
         tensorboard: bool = True,
         wandb_project: str = "",
+        health: Health | None = None,
     ) -> None:
         self._directory = pathlib.Path(directory)
         self._main = jax.process_index() == 0
+        self._health = health or Health([])
         self._batch_size, self._log_every = batch_size, log_every
         self._rows: list[dict[str, np.ndarray]] = []
         self._step, self._count, self._time = start_step, 0, time.perf_counter()
-        self._file = self._events = self._wandb = None
+        self._file = self._events = self._wandb = self._skipped = None
         if self._main and wandb_project:
             self._wandb = _start_wandb(wandb_project, name, self._directory)
         interactive = sys.stderr.isatty()
@@ -73,24 +79,29 @@ class Logger:
         """Takes the metrics ``{name: [k]}`` of the k steps that end at ``step``.
 
         Raises:
-          FloatingPointError: one of them is not finite; names it and the step.
+          FloatingPointError: one of them is not finite; see `Health.examine`.
         """
         values = {name: np.asarray(metric) for name, metric in metrics.items()}
         count = len(next(iter(values.values())))
-        _check_finite(values, step - count)
+        good = self._health.examine(values, step - count)
         self._bar.update(count)
         if not self._main:
             return
-        self._rows.append(values)
+        skipped = values.pop(SKIPPED, None)
+        self._skipped = None if skipped is None else int(skipped[-1])
+        self._rows.append({name: metric[good] for name, metric in values.items()})
         self._step, self._count = step, self._count + count
         if step % self._log_every < count:
             self._flush()
 
     def _flush(self) -> None:
-        means = {
-            name: float(np.mean(np.concatenate([row[name] for row in self._rows])))
+        columns = {
+            name: np.concatenate([row[name] for row in self._rows])
             for name in self._rows[0]
         }
+        means = {name: float(np.mean(c)) for name, c in columns.items() if len(c)}
+        if self._skipped is not None:
+            means[SKIPPED] = self._skipped
         now = time.perf_counter()
         speed = self._batch_size * self._count / (now - self._time)
         line = {
@@ -101,7 +112,8 @@ class Logger:
         }
         self._rows, self._count, self._time = [], 0, now
         self._bar.set_postfix_str(
-            f"loss {means['loss']:.4g}, {speed:.0f} images/s", refresh=False
+            f"loss {means.get('loss', math.nan):.4g}, {speed:.0f} images/s",
+            refresh=False,
         )
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
@@ -145,19 +157,15 @@ def _drop_beyond(path: pathlib.Path, step: int) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _check_finite(values: Mapping[str, np.ndarray], first_step: int) -> None:
-    bad = {
-        name: int(np.argmin(np.isfinite(v)))
-        for name, v in values.items()
-        if not np.isfinite(v).all()
-    }
-    if bad:
-        index = min(bad.values())
-        names = ", ".join(f"{n} = {values[n][index]}" for n in bad if bad[n] == index)
-        raise FloatingPointError(
-            f"step {first_step + index + 1}: {names}. The run stopped; its checkpoints "
-            "are from before. A lower learning rate or a longer warm-up may help"
-        )
+def record(directory: str | pathlib.Path, event: str, **fields: Any) -> None:
+    """Appends what happened to a run to its ``events.jsonl``; process 0 alone does.
+
+    Unlike `metrics.jsonl` it is a history: a resume drops nothing from it.
+    """
+    if jax.process_index() == 0:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
+        with (pathlib.Path(directory) / "events.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _start_wandb(project: str, name: str, directory: pathlib.Path) -> Any:

@@ -7,9 +7,13 @@ from typing import Any
 import jax
 from jax import Array
 
+from boot_jax.interruption import Interruption, Preempted, Watchdog
 from boot_jax.training.checkpoints import Checkpoints
 from boot_jax.training.logs import Logger
 from boot_jax.training.state import TrainState
+
+# A save may take so many times as long as a step before it counts as hung.
+_PATIENCE_WITH_DISKS = 4.0
 
 
 def fit(
@@ -24,12 +28,14 @@ def fit(
     checkpoint_every: int,
     checkpoints: Checkpoints,
     logger: Logger,
+    interruption: Interruption,
+    watchdog: Watchdog,
 ) -> TrainState:
     """Runs ``train_step`` until ``num_steps``, saving and logging on the way.
 
     The metrics of a dispatch are read after the next one is under way, so that the
     device never waits for the host; a state is saved only once they are known to be
-    finite.
+    finite. A save that failed in the background is made again at the next step.
 
     Args:
       state: where to start; donated.
@@ -40,26 +46,39 @@ def fit(
       num_steps, steps_per_dispatch, checkpoint_every: in steps, the first two and the
         start multiples of the second.
       checkpoints, logger: where to save and what to tell.
+      interruption: asked after every dispatch.
+      watchdog: told of every dispatch.
 
     Returns:
       The last state, saved.
 
     Raises:
       FloatingPointError: a loss or gradient is not finite.
+      CheckpointError: nothing can be saved.
+      Preempted: the run was asked to stop, and the state is saved.
     """
     pending: tuple[int, dict[str, Array]] | None = None
-    for start in range(int(state.step), num_steps, steps_per_dispatch):
-        batch = None if batches is None else next(batches)
-        state, metrics = train_step(state, frozen, batch, key)
-        if pending is not None:
-            logger.write(*pending)
-        end = start + steps_per_dispatch
-        pending = end, metrics
-        if end % checkpoint_every == 0 or end == num_steps:
-            logger.write(*pending)
-            pending = None
-            checkpoints.save(state)
-    checkpoints.wait()
+    with interruption.protected(), watchdog:
+        for start in range(int(state.step), num_steps, steps_per_dispatch):
+            end = start + steps_per_dispatch
+            watchdog.beat(f"step {end}")
+            batch = None if batches is None else next(batches)
+            state, metrics = train_step(state, frozen, batch, key)
+            if pending is not None:
+                logger.write(*pending)
+            pending = end, metrics
+            stop = interruption.poll()
+            due = end % checkpoint_every == 0 or end == num_steps
+            if stop or due or checkpoints.must_retry():
+                logger.write(*pending)
+                pending = None
+                watchdog.beat(f"saving step {end}", _PATIENCE_WITH_DISKS)
+                checkpoints.save(state)
+            if stop:
+                checkpoints.finish(state)
+                raise Preempted(f"saved step {end} of {num_steps}")
+        watchdog.beat("the last save", _PATIENCE_WITH_DISKS)
+        checkpoints.finish(state)
     return state
 
 

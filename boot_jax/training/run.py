@@ -1,6 +1,9 @@
 """A whole training, from its config: state, resume, loop. Teacher and student alike."""
 
+import functools
+import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,9 +12,11 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from boot_jax import sharding
-from boot_jax.training.checkpoints import Checkpoints
-from boot_jax.training.logs import Logger
+from boot_jax import distributed, sharding
+from boot_jax.interruption import Interruption, Watchdog
+from boot_jax.training import logs
+from boot_jax.training.checkpoints import CheckpointError, Checkpoints
+from boot_jax.training.health import Health, group_names
 from boot_jax.training.loop import default_dispatch, dispatch_length, fit
 from boot_jax.training.state import TrainState, create_optimizer, create_state
 from boot_jax.training.step import Loss, make_train_step
@@ -33,14 +38,33 @@ def optimizer_from(training: Any) -> optax.GradientTransformation:
 
 
 def state_template(
-    init: Callable[[Array], Any], training: Any, mesh: Mesh, fsdp_min_size: int
+    init: Callable[[Array], Any], training: Any, mesh: Mesh, mesh_config: Any
 ) -> Any:
-    """The shapes of a training's state, each with its sharding; nothing is computed."""
+    """The shapes of a training's state, each with its sharding; nothing is computed.
+
+    The moving average and the optimizer's moments live where their parameter lives.
+    """
+    optimizer = optimizer_from(training)
     shapes = jax.eval_shape(
-        lambda key: create_state(init(key), optimizer_from(training)),
-        jax.random.key(0),
+        lambda key: create_state(init(key), optimizer), jax.random.key(0)
     )
-    shardings = sharding.parameter_shardings(shapes, mesh, fsdp_min_size)
+    everywhere = sharding.replicated(mesh)
+    params = sharding.parameter_shardings(
+        shapes.params, mesh, mesh_config.rules, mesh_config.fsdp_min_size
+    )
+    shardings: Any = shapes.replace(
+        step=everywhere,
+        params=params,
+        ema_params=params,
+        opt_state=optax.tree_map_params(
+            optimizer,
+            lambda _, where: where,
+            shapes.opt_state,
+            params,
+            transform_non_params=lambda _: everywhere,
+        ),
+        skipped=everywhere,
+    )
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=where
@@ -60,54 +84,66 @@ def train(
     batches: Callable[[int, int], Iterator[Any]] | None,
     key: Array,
     training: Any,
-    run: Any,
+    config: Any,
     mesh: Mesh,
-    fsdp_min_size: int,
-    network: str,
     metadata: Mapping[str, Any],
+    interruption: Interruption,
 ) -> TrainState:
     """Trains until ``training.num_steps``, from the newest checkpoint if there is one.
+
+    A new run saves its first state before its first step: so there is something to go
+    on from at any moment, and a disk that cannot be written to is found at once.
 
     Args:
       directory: of checkpoints and logs.
       name: shown beside the progress.
       loss: of `boot_jax.training.step`.
       init: ``key -> params``.
-      frozen: what the loss does not train.
+      frozen: what the loss does not train, on the mesh.
       batches: ``(start_step, steps_per_dispatch) -> iterator``; None for no data.
       key: everything random derives from it and the step.
       training: config section ``distill`` or ``teacher.training``.
-      run: config section ``run``.
-      mesh, fsdp_min_size: where arrays live.
-      network: ``dit`` or ``unet``, for the steps per dispatch.
+      config: the whole; its sections ``run``, ``mesh`` and ``network`` are read.
+      mesh: where arrays live.
       metadata: kept in every checkpoint; see `Checkpoints`.
+      interruption: what may ask the run to stop.
 
     Returns:
       The state at the last step, saved.
 
     Raises:
-      CheckpointError: the newest checkpoint is of another run or does not fit.
+      CheckpointError: the newest checkpoint is of another run or does not fit, or none
+        can be written.
       MeshError: the batch cannot be shared evenly.
       FloatingPointError: a loss or gradient is not finite.
+      Preempted: the run was asked to stop, and has saved.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    template = state_template(init, training, mesh, fsdp_min_size)
+    run = config.run
+    distributed.on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
+    record = functools.partial(logs.record, directory)
+    template = state_template(init, training, mesh, config.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
     checkpoints = Checkpoints(
-        directory / "checkpoints", metadata, run.keep_checkpoints, run.force
+        directory / "checkpoints",
+        metadata,
+        keep=run.keep_checkpoints,
+        keep_every=run.keep_every,
+        force=run.force,
+        record=record,
     )
     if checkpoints.latest_step() is None:
-        init_key = jax.random.fold_in(key, 2**32 - 1)  # no step has this number
-        fresh = create_state(init(init_key), optimizer_from(training))
-        state = sharding.place(fresh, shardings)
+        _refuse_lost(directory, checkpoints)
+        state = _first_state(init, key, training, shardings)
+        checkpoints.save(state)
     else:
         state = checkpoints.restore(template)
     start = int(state.step)
     if start >= training.num_steps:
         checkpoints.close()
         return state
+    record("start", step=start, devices=jax.device_count(), mesh=dict(mesh.shape))
     steps_per_dispatch = dispatch_length(
-        run.steps_per_dispatch or default_dispatch(network),
+        run.steps_per_dispatch or default_dispatch(config.network.name),
         training.num_steps,
         run.checkpoint_every,
         start,
@@ -118,9 +154,18 @@ def train(
         ema_decay=training.ema_decay,
         num_steps=training.num_steps,
         steps_per_dispatch=steps_per_dispatch,
+        microbatches=training.microbatches,
+        skip_nonfinite=training.skip_nonfinite > 0,
         state_sharding=shardings,
+        metrics_sharding=sharding.replicated(mesh),
     )
-    logger = Logger(
+    feed = None if batches is None else batches(start, steps_per_dispatch)
+    first = None if feed is None else next(feed)
+    key = sharding.place_key(key, mesh)
+    with interruption.finishing(checkpoints.wait):
+        compiled = train_step.lower(state, frozen, first, key).compile()
+        checkpoints.finish(state)  # the first one, if it is not yet on disk
+    logger = logs.Logger(
         directory,
         name,
         start_step=start,
@@ -129,20 +174,52 @@ def train(
         log_every=run.log_every,
         tensorboard=run.tensorboard,
         wandb_project=run.wandb_project,
+        health=Health(
+            group_names(template.params),
+            most_skipped=training.skip_nonfinite,
+            spike_factor=run.spike_factor,
+            record=record,
+        ),
     )
     try:
         return fit(
             state,
-            train_step,
+            compiled,
             frozen=frozen,
-            batches=None if batches is None else batches(start, steps_per_dispatch),
+            batches=None if feed is None else itertools.chain([first], feed),
             key=key,
             num_steps=training.num_steps,
             steps_per_dispatch=steps_per_dispatch,
             checkpoint_every=run.checkpoint_every,
             checkpoints=checkpoints,
             logger=logger,
+            interruption=interruption,
+            watchdog=Watchdog(run.watchdog_seconds),
         )
     finally:
-        logger.close()
-        checkpoints.close()
+        # Nothing that this meets may hide what has happened. A peer that is gone would
+        # be waited for.
+        if not distributed.is_lost_peer(sys.exception() or Exception()):
+            logger.close()
+            checkpoints.close()
+
+
+def _first_state(
+    init: Callable[[Array], Any], key: Array, training: Any, shardings: TrainState
+) -> TrainState:
+    fresh = init(jax.random.fold_in(key, 2**32 - 1))  # no step has this number
+    params = sharding.place(fresh, shardings.params)
+    create = functools.partial(create_state, optimizer=optimizer_from(training))
+    return jax.jit(create, out_shardings=shardings)(params)
+
+
+def _refuse_lost(directory: pathlib.Path, checkpoints: Checkpoints) -> None:
+    """A run that has made steps never starts afresh without a word."""
+    done = logs.read_metrics(directory)
+    if checkpoints.lost() or done:
+        said = f"its log reaches step {done[-1]['step']}" if done else "all were broken"
+        raise CheckpointError(
+            f"there is no checkpoint left in {directory / 'checkpoints'}, though there "
+            f"has been one ({said}); bring one back, or take another --workdir to "
+            "start afresh"
+        )

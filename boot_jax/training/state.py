@@ -11,8 +11,7 @@ from jax import Array
 LEARNING_RATE_DECAYS = ("constant", "cosine")
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a run remembers; noise, times and labels are functions of seed and step.
 
     Attributes:
@@ -20,12 +19,14 @@ class TrainState:
       params: float32 parameters.
       ema_params: their exponential moving average, which is what gets used.
       opt_state: the optimizer's.
+      skipped: int32 scalar, the updates left out because they were not finite.
     """
 
     step: Array
     params: Any
     ema_params: Any
     opt_state: Any
+    skipped: Array
 
 
 def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -35,6 +36,7 @@ def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainS
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 

@@ -1,11 +1,12 @@
 """What happens in a step: two losses over a key, and one update for both.
 
-A loss here is ``loss(params, ema_params, frozen, batch, key, progress) -> (loss,
-metrics)``: ``frozen`` is what is not trained (the teacher's parameters), ``batch`` is
-real data or None, and everything random comes from ``key``, which the update derives
-from the run's key and the step. So a run is a function of its seed alone.
+A `Loss` draws its inputs from a key, and is a pure function of them. Everything random
+comes from the key, which the update derives from the run's key and the step. So a run
+is a function of its seed alone, on however many devices and in however many
+microbatches.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,32 @@ from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
 from boot_jax.prediction import expand, from_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
+from boot_jax.training import health
 from boot_jax.training.state import TrainState, update_ema
 
-Loss = Callable[..., tuple[Array, dict[str, Array]]]
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a training minimises.
+
+    Attributes:
+      draw: ``(batch, key, progress, microbatches) -> inputs``: a tree of ``[m, B / m,
+        ...]`` whose numbers do not depend on ``m``. ``batch`` is real data ``{name: [B,
+        ...]}`` or None.
+      value: ``(params, ema_params, frozen, inputs, key) -> (loss, metrics)`` of one
+        microbatch; ``frozen`` is what is not trained, such as the teacher's parameters,
+        and ``key`` is for what images do not share a stream in, such as dropout.
+    """
+
+    draw: Callable[[Any, Array, Any, int], Any]
+    value: Callable[[Any, Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
+
+
+def _split(tree: Any, microbatches: int) -> Any:
+    """``[B, ...]`` as ``[m, B / m, ...]``."""
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), tree
+    )
 
 
 def distillation_loss(
@@ -38,25 +62,30 @@ def distillation_loss(
     batch_size: int,
     batch_sharding: NamedSharding | None = None,
 ) -> Loss:
-    """The objective on noise, times and conditions that it draws itself: no data."""
+    """The objective on noise, times and conditions that it draws itself: no data.
 
-    def loss(
-        params: Any,
-        ema_params: Any,
-        frozen: Any,
-        batch: None,
-        key: Array,
-        progress: Any,
-    ) -> tuple[Array, dict[str, Array]]:
+    ``batch_sharding`` says where the inputs ``[m, B / m, ...]`` live.
+    """
+
+    def draw(batch: None, key: Array, progress: Any, microbatches: int) -> Any:
         noise_key, time_key, condition_key = jax.random.split(key, 3)
+        # Drawn in its last shape: drawn flat, and reshaped, every device would have to
+        # make the noise of all.
+        shape = (microbatches, batch_size // microbatches, *sample_shape)
+        times = draw_times(objective, time_key, batch_size, progress)
+        condition = conditions.draw(condition_key, batch_size)
         drawn = (
-            jax.random.normal(noise_key, (batch_size, *sample_shape)),
-            draw_times(objective, time_key, batch_size, progress),
-            conditions.draw(condition_key, batch_size),
+            jax.random.normal(noise_key, shape),
+            *_split((times, condition), microbatches),
         )
-        if batch_sharding is not None:
-            drawn = jax.lax.with_sharding_constraint(drawn, batch_sharding)
-        eps, t, condition = drawn
+        if batch_sharding is None:
+            return drawn
+        return jax.lax.with_sharding_constraint(drawn, batch_sharding)
+
+    def value(
+        params: Any, ema_params: Any, frozen: Any, inputs: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        eps, t, condition = inputs
         return LOSSES[objective.kind](
             params,
             frozen,
@@ -70,7 +99,7 @@ def distillation_loss(
             target_params=ema_params if objective.target_network == "ema" else None,
         )
 
-    return loss
+    return Loss(draw, value)
 
 
 def denoising_loss(
@@ -88,26 +117,32 @@ def denoising_loss(
     class-conditional networks a share ``label_dropout`` of the labels becomes the null
     label, so that the teacher can be guided.
     """
-    times = Objective(kind="continuous", t_min=t_min, delta=1e-3)
+    times_of = Objective(kind="continuous", t_min=t_min, delta=1e-3)
     dropout: Any = {"deterministic": False} if getattr(network, "dropout", 0.0) else {}
 
-    def loss(
-        params: Any,
-        ema_params: Any,
-        frozen: None,
-        batch: dict[str, Array],
-        key: Array,
-        progress: Any,
-    ) -> tuple[Array, dict[str, Array]]:
-        noise_key, time_key, label_key, dropout_key = jax.random.split(key, 4)
-        x_0 = batch["image"]
-        eps = jax.random.normal(noise_key, x_0.shape)
-        t = draw_times(times, time_key, x_0.shape[0])
-        condition = None
+    def draw(
+        batch: dict[str, Array], key: Array, progress: Any, microbatches: int
+    ) -> Any:
+        noise_key, time_key, label_key = jax.random.split(key, 3)
+        images = _split(batch["image"], microbatches)
+        times = draw_times(times_of, time_key, batch["image"].shape[0])
+        inputs = {
+            "x_0": images,
+            "eps": jax.random.normal(noise_key, images.shape),
+            "t": _split(times, microbatches),
+        }
         if conditions.num_classes is not None:
-            dropped = jax.random.bernoulli(label_key, label_dropout, x_0.shape[:1])
-            label = jnp.where(dropped, conditions.num_classes, batch["label"])
-            condition = {"label": label}
+            label = batch["label"]
+            dropped = jax.random.bernoulli(label_key, label_dropout, label.shape)
+            label = jnp.where(dropped, conditions.num_classes, label)
+            inputs["label"] = _split(label, microbatches)
+        return inputs
+
+    def value(
+        params: Any, ema_params: Any, frozen: None, inputs: dict[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        x_0, eps, t = inputs["x_0"], inputs["eps"], inputs["t"]
+        condition = {"label": inputs["label"]} if "label" in inputs else None
         x_t = add_noise(schedule, x_0, eps, t)
         output = network.apply(
             {"params": params},
@@ -115,7 +150,7 @@ def denoising_loss(
             schedule.time_input(t),
             condition,
             **dropout,
-            rngs={"dropout": dropout_key},
+            rngs={"dropout": key},
         )
         assert isinstance(output, Array)
         target = from_x_0(
@@ -124,7 +159,7 @@ def denoising_loss(
         error = jnp.mean((output - target) ** 2)
         return error, {"loss/denoising": error}
 
-    return loss
+    return Loss(draw, value)
 
 
 def make_train_step(
@@ -134,37 +169,62 @@ def make_train_step(
     ema_decay: float,
     num_steps: int,
     steps_per_dispatch: int = 1,
+    microbatches: int = 1,
+    skip_nonfinite: bool = False,
     state_sharding: Any = None,
+    metrics_sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Any, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Compiles ``train_step(state, frozen, batches, key)``: k updates in one dispatch.
 
     The state is donated. ``batches`` is None, or a tree with leading sizes ``[k, B]``.
 
+    Args:
+      loss: whose mean over the batch is minimised.
+      optimizer: that the state was created with.
+      ema_decay: of the moving average.
+      num_steps: of the run, for the losses that change on the way.
+      steps_per_dispatch: ``k``.
+      microbatches: the gradient is the mean over so many parts of the batch, taken one
+        after the other in less memory.
+      skip_nonfinite: leave the state as it was where an update is not finite, and count
+        it.
+      state_sharding: a `TrainState` of shardings.
+      metrics_sharding: of all metrics; they are to be read by every process.
+
     Returns:
-      A function that gives the new state and ``{name: [k]}`` metrics: the loss and its
-      parts, ``grad_norm``, all float32.
+      A function that gives the new state and ``{name: [k, ...]}`` metrics: the loss and
+      its parts, ``grad_norm``, and what `boot_jax.training.health` reads.
     """
 
     def update(
         state: TrainState, frozen: Any, batch: Any, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
-        progress = state.step / num_steps
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, state.ema_params, frozen, batch, key, progress
+        inputs = loss.draw(batch, key, state.step / num_steps, microbatches)
+        (value, metrics), grads = _mean_gradient(
+            loss, state, frozen, inputs, key, microbatches
         )
         # Optax raises a float to the power of an integer count.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(
-            step=state.step + 1,
+        new = state.replace(
             params=params,
             ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
             opt_state=opt_state,
         )
-        metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return new, metrics
+        finite = {
+            health.GRADIENTS: health.finite_groups(grads),
+            health.PARAMETERS: health.finite_groups(params),
+        }
+        if skip_nonfinite:
+            sound = jnp.isfinite(value) & jnp.all(jnp.stack([*finite.values()]))
+            new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+            skipped = state.skipped + jnp.where(sound, 0, 1).astype(jnp.int32)
+            new = new.replace(skipped=skipped)
+            metrics |= {health.SKIPPED: skipped}
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)} | finite
+        return new.replace(step=state.step + 1), metrics
 
     def train_step(
         state: TrainState, frozen: Any, batches: Any, key: Array
@@ -180,4 +240,35 @@ def make_train_step(
             length=steps_per_dispatch,
         )
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, None))
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(state_sharding, metrics_sharding)
+    )
+
+
+def _mean_gradient(
+    loss: Loss,
+    state: TrainState,
+    frozen: Any,
+    inputs: Any,
+    key: Array,
+    microbatches: int,
+) -> tuple[tuple[Array, dict[str, Array]], Any]:
+    """``((loss, metrics), gradient)``, means over the microbatches."""
+
+    def of_one(index: Any, part: Any) -> Any:
+        return jax.value_and_grad(loss.value, has_aux=True)(
+            state.params, state.ema_params, frozen, part, jax.random.fold_in(key, index)
+        )
+
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    if microbatches == 1:
+        return of_one(0, first)
+
+    def add(total: Any, item: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_one(*item)), None
+
+    indices = jnp.arange(microbatches)
+    shapes = jax.eval_shape(of_one, indices[0], first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (indices, inputs))
+    return jax.tree.map(lambda leaf: leaf / microbatches, total)

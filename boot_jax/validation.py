@@ -1,0 +1,184 @@
+"""Whether a config makes sense: the one place where it is checked, at the border.
+
+Each refusal says in one line what is wrong and what would be right; nothing below
+re-checks it.
+"""
+
+import functools
+import math
+from typing import Any
+
+from boot_jax import sharding
+from boot_jax.config import (
+    NETWORKS,
+    TEACHER_SOURCES,
+    ConfigError,
+    objective_from,
+    schedule_from,
+    unknown,
+)
+from boot_jax.models.layers import REMAT_POLICIES
+from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
+from boot_jax.student import TIME_CONDITIONINGS, check_conversion
+from boot_jax.training.state import LEARNING_RATE_DECAYS
+
+_CHOICES = {
+    "teacher.source": TEACHER_SOURCES,
+    "teacher.prediction_type": PREDICTION_TYPES,
+    "teacher.thresholding": tuple(THRESHOLDING),
+    "teacher.training.decay": LEARNING_RATE_DECAYS,
+    "network.name": NETWORKS,
+    "network.dtype": ("float32", "bfloat16"),
+    "network.remat": REMAT_POLICIES,
+    "teacher.param_dtype": ("float32", "bfloat16"),
+    "student.time_conditioning": TIME_CONDITIONINGS,
+    "distill.decay": LEARNING_RATE_DECAYS,
+}
+
+_TRAINING = "num_steps batch_size learning_rate max_grad_norm microbatches"
+_POSITIVE = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "teacher.training": _TRAINING,
+        "distill": _TRAINING,
+        "student": "num_half_waves",
+        "evaluation": "num_images num_real batch_size ode_steps error_times "
+        "error_images grid_images neighbours",
+        "sample": "num batch_size",
+        "run": "log_every checkpoint_every keep_checkpoints heartbeat_seconds",
+        "mesh": "fsdp tensor",
+    }.items()
+    for name in names.split()
+)
+
+
+def _field(config: Any, path: str) -> Any:
+    return functools.reduce(lambda tree, name: tree[name], path.split("."), config)
+
+
+def _check_choices(config: Any) -> None:
+    for path, known in _CHOICES.items():
+        if _field(config, path) not in known:
+            raise ConfigError(unknown(path, _field(config, path), known))
+
+
+def _check_positive(config: Any) -> None:
+    for path in _POSITIVE:
+        if not _field(config, path) > 0:
+            raise ConfigError(f"{path} is {_field(config, path)}, but must be positive")
+
+
+def _check_training(section: str, training: Any) -> None:
+    for name in ("b1", "b2", "ema_decay", "warmup_steps", "weight_decay"):
+        limit = math.inf if name in ("warmup_steps", "weight_decay") else 1
+        if not 0 <= training[name] < limit:
+            raise ConfigError(
+                f"{section}.{name} is {training[name]}, but must lie in [0, {limit})"
+            )
+    if training.skip_nonfinite < 0:
+        raise ConfigError(
+            f"{section}.skip_nonfinite is {training.skip_nonfinite}, but must be 0 "
+            "(stop at once) or the number of steps that may be skipped"
+        )
+
+
+def _check_microbatches(config: Any, objective: Any) -> None:
+    """The boundary loss takes every so-many-th image: of every microbatch alike."""
+    training = config.distill
+    stride = objective.boundary_stride
+    if training.batch_size % training.microbatches:
+        return  # refused with the mesh, which knows the sizes that would do
+    if training.batch_size // training.microbatches % stride:
+        raise ConfigError(
+            "distill.batch_size / distill.microbatches is "
+            f"{training.batch_size // training.microbatches}, but must be a multiple "
+            f"of {stride}: the boundary loss takes every {stride}th image "
+            f"(objective.boundary_share = {objective.boundary_share:g})"
+        )
+
+
+def _check_run(config: Any) -> None:
+    for name in ("keep_every", "watchdog_seconds", "spike_factor"):
+        if not config.run[name] >= 0:
+            raise ConfigError(
+                f"run.{name} is {config.run[name]}, but must be positive, or 0 for none"
+            )
+    for name in ("rules", "teacher_rules"):
+        try:
+            sharding.check_rules(config.mesh[name])
+        except sharding.MeshError as error:
+            raise ConfigError(f"mesh.{name}: {error}") from error
+
+
+def _check_evaluation(evaluation: Any) -> None:
+    steps = evaluation.ddim_steps
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise ConfigError(
+            f"evaluation.ddim_steps is {tuple(steps)}, but must be positive numbers of "
+            "steps, at least one, each once"
+        )
+    if min(evaluation.num_images, evaluation.num_real) <= evaluation.neighbours:
+        raise ConfigError(
+            "evaluation.num_images and evaluation.num_real must be more than "
+            f"evaluation.neighbours = {evaluation.neighbours}"
+        )
+
+
+def _check_guidance(config: Any) -> None:
+    teacher = config.teacher
+    guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
+    if teacher.source == "train" and guided and not config.data.labels:
+        raise ConfigError(
+            "guidance needs a class-conditional teacher: set data.labels=True, or "
+            "teacher.guidance_scale=1.0 and an empty teacher.guidance_range"
+        )
+    drawn = tuple(teacher.guidance_range)
+    if drawn and (len(drawn) != 2 or not drawn[0] <= drawn[1]):
+        raise ConfigError(
+            f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
+        )
+    told = config.sample.guidance_scale
+    if drawn and not drawn[0] <= told <= drawn[1]:
+        raise ConfigError(
+            f"sample.guidance_scale is {told}, but must lie in the range that the "
+            f"student learns, teacher.guidance_range = {drawn}"
+        )
+
+
+def validate(config: Any) -> None:
+    """Checks a config as a whole, before anything is written or compiled.
+
+    Raises:
+      ConfigError: the first thing that is wrong, in one line.
+    """
+    _check_choices(config)
+    _check_positive(config)
+    _check_training("teacher.training", config.teacher.training)
+    _check_training("distill", config.distill)
+    _check_evaluation(config.evaluation)
+    _check_guidance(config)
+    _check_run(config)
+    schedule = schedule_from(config.schedule)
+    objective = objective_from(config.objective)
+    _check_microbatches(config, objective)
+    if config.teacher.source != "mixture":
+        try:
+            check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))
+    if config.teacher.source == "mixture" and (not means or means != scales):
+        raise ConfigError(
+            f"teacher.mixture has {means} means and {scales} scales; as many of each, "
+            "at least one, are needed"
+        )
+    if config.teacher.source == "train" and not config.data.name:
+        raise ConfigError(
+            "teacher.source is 'train', but data.name is empty; name the images to "
+            "train on (digits, folder or tfds:NAME)"
+        )
+    if config.teacher.source == "checkpoint" and not config.teacher.path:
+        raise ConfigError(
+            "teacher.source is 'checkpoint', but teacher.path is empty; "
+            "give the folder that holds model.json"
+        )
