@@ -64,7 +64,7 @@ def main() -> int:
     with interruption.Interruption() as asked:
         from boot_jax import pipeline
 
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.FATAL)  # the rest is said here, in one line
         names = ("coordinator_address", "num_processes", "process_id")
         cluster = {name: flags.FLAGS[name].value for name in names}
         cluster["mode"] = flags.FLAGS["distributed"].value

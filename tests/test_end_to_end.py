@@ -294,7 +294,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, who):
             command(*flags, f"--workdir={broken}")
     if who == "teacher":
         through, broken = through / "teacher", broken / "teacher"
-    assert sorted(os.listdir(broken / "checkpoints")) == ["4"]
+    assert sorted(os.listdir(broken / "checkpoints")) == ["0", "4"]
     assert steps_of(broken) == [2, 4, 6]
     workdir = broken if who == "student" else broken.parent
     assert command(*flags, f"--workdir={workdir}") == 0
@@ -329,7 +329,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     last = said.splitlines()[-1]
     assert last.startswith("stopped: step ") and "nan" in last
     assert "learning rate" in last
-    assert os.listdir(workdir / "checkpoints") == []
+    # The first state is there from the first moment; no bad one came after it.
+    assert os.listdir(workdir / "checkpoints") == ["0"]
     assert not (workdir / "report.html").exists()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from boot_jax.interruption import Interruption, Preempted, Watchdog
 from boot_jax.training import loop
 from boot_jax.training.checkpoints import Checkpoints
 from boot_jax.training.logs import Logger, read_metrics
@@ -56,7 +57,10 @@ class Recorder:
     def save(self, state: TrainState) -> None:
         self.events.append(("save", int(state.step)))
 
-    def wait(self) -> None:
+    def must_retry(self) -> bool:
+        return False
+
+    def finish(self, state: TrainState) -> None:
         self.events.append(("wait",))
 
     def write(self, step: int, metrics: Any) -> None:
@@ -82,6 +86,8 @@ def run(recorder: Any, *, bad_from: float = math.inf, start: int = 0, **options:
         key="key",
         checkpoints=recorder,
         logger=recorder,
+        interruption=Interruption(),
+        watchdog=Watchdog(0),
         **options,
     )
 
@@ -175,7 +181,8 @@ def test_after_a_bad_step_the_checkpoint_is_from_before(tmp_path):
         log_every=1,
         tensorboard=False,
     )
-    recorder.save, recorder.wait = checkpoints.save, checkpoints.wait
+    recorder.save, recorder.finish = checkpoints.save, checkpoints.finish
+    recorder.must_retry = checkpoints.must_retry
     recorder.write = log.write
     with pytest.raises(FloatingPointError, match=r"^step 7: loss = nan"):
         run(
@@ -190,6 +197,53 @@ def test_after_a_bad_step_the_checkpoint_is_from_before(tmp_path):
     checkpoints.close()
     assert Checkpoints(tmp_path / "checkpoints", {}).latest_step() == 6
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+class Asked(Interruption):
+    """A request to stop that comes after so many boundaries."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def poll(self) -> bool:
+        self.after -= 1
+        return self.after < 0
+
+
+def test_a_request_to_stop_is_answered_at_the_next_step(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr("test_loop.Interruption", lambda: Asked(after=2))
+    with pytest.raises(Preempted, match="saved step 6 of 100"):
+        run(
+            recorder,
+            batches=None,
+            num_steps=100,
+            steps_per_dispatch=2,
+            checkpoint_every=100,
+        )
+    assert [e for e in kinds(recorder) if e[0] != "dispatch"] == [
+        ("write", 2),
+        ("write", 4),
+        ("write", 6),
+        ("save", 6),
+        ("wait",),
+    ]
+
+
+def test_a_save_that_failed_is_made_again_at_the_next_step():
+    recorder = Recorder()
+    failed = iter([False, True, False, False])
+    recorder.must_retry = lambda: next(failed)
+    run(
+        recorder,
+        batches=None,
+        num_steps=10,
+        steps_per_dispatch=2,
+        checkpoint_every=100,
+    )
+    saves = [event for event in kinds(recorder) if event[0] == "save"]
+    assert saves == [("save", 4), ("save", 10)]
 
 
 def test_nothing_is_done_for_a_run_that_is_over():

@@ -161,7 +161,7 @@ def test_a_wrong_student_is_measured_as_wrong_as_it_is():
     def shifted(params, eps, t, condition):
         return exact_signal(None, eps, t, condition) + 0.4
 
-    curve = paired.error_over_time(pair_of(shifted), OPTIONS)
+    curve = paired.error_over_time(pair_of(shifted), OPTIONS, create_mesh())
     eps = np.asarray(pair_of(shifted).noise(7)(np.arange(64))).reshape(64, 2)
     ends = exact_signal(
         None,

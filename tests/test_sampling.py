@@ -24,8 +24,8 @@ def mixture(schedule=COSINE, labels=None):
 
 
 def one_device_mesh():
-    types = (AxisType.Auto,) * 2
-    return jax.make_mesh((1, 1), AXES, types, devices=jax.devices()[:1])
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), AXES, types, devices=jax.devices()[:1])
 
 
 def noise(indices):

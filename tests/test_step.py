@@ -1,5 +1,6 @@
 """What happens in a step, for both losses: one update, a function of seed and step."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +18,9 @@ from boot_jax.schedules import get_schedule
 from boot_jax.student import create_student
 from boot_jax.teachers.base import Teacher, network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
+from boot_jax.training import health
 from boot_jax.training.state import TrainState, create_optimizer, create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import Loss, distillation_loss, make_train_step
 
 COSINE = get_schedule("cosine")
 SHAPE = (4, 4, 1)
@@ -137,7 +139,8 @@ def test_golden_step(kind):
     step, state, frozen = distilling(Objective(kind=kind), network=network)
     before = copy(state.params)
     state, metrics = step(state, frozen, None, key_of(3))
-    found = {name: float(metric[0]) for name, metric in metrics.items()}
+    scalars = {n: metric for n, metric in metrics.items() if metric.ndim == 1}
+    found = {name: float(metric[0]) for name, metric in scalars.items()}
     moved = jax.tree.map(lambda new, old: new - old, state.params, before)
     found["update_norm"] = norm(moved)
     assert found == pytest.approx(GOLDEN[kind], rel=2e-3), (
@@ -180,7 +183,7 @@ def test_eight_devices_give_the_loss_of_one(fsdp, num_classes):
     shared, *_ = distilling(
         objective,
         num_classes,
-        batch_sharding=sharding.batch_sharding(mesh),
+        batch_sharding=sharding.batch_sharding(mesh, axis=1),
         state_sharding=shardings,
     )
     split = sharding.place(state, shardings)
@@ -249,3 +252,165 @@ def test_the_state_is_donated():
     step(state, frozen, None, key_of(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+def losses_of(step, state, frozen, steps=3):
+    found = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, None, key_of(3))
+        found.append(metrics)
+    return state, found
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"boundary_share": 0.25, "solver": "ddim"},
+        {"kind": "continuous", "boundary_weight": 0.0, "adaptive_power": 1.0},
+        {"solver": "heun", "target_network": "ema"},
+    ],
+)
+def test_microbatches_change_nothing(microbatches, options):
+    """The same noise, times and labels; gradient and metrics equal to rounding."""
+    both = [
+        losses_of(*distilling(Objective(**options), num_classes=3, microbatches=m))
+        for m in (1, microbatches)
+    ]
+    for (plain_state, plain), (parts_state, parts) in [both]:
+        for one, other in zip(plain, parts, strict=True):
+            assert one.keys() == other.keys()
+            for name in one:
+                np.testing.assert_allclose(one[name], other[name], rtol=2e-5, atol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            plain_state.params,
+            parts_state.params,
+        )
+
+
+def test_microbatches_split_over_devices():
+    mesh = sharding.create_mesh(4, 2)
+    options = dict(batch_sharding=sharding.batch_sharding(mesh, axis=1))
+    objective = Objective(boundary_share=1.0, solver="ddim")
+    _, plain = losses_of(*distilling(objective))
+    step, state, frozen = distilling(objective, microbatches=2, **options)
+    everywhere = sharding.replicated(mesh)
+    state, frozen = sharding.place((state, frozen), everywhere)
+    _, parts = losses_of(step, state, frozen)
+    for one, other in zip(plain, parts, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-5)
+
+
+def breaking_at(*steps: int) -> Loss:
+    """`quadratic`, but for some steps whose gradient is not finite."""
+
+    def draw(batch: Any, key: Any, progress: Any, m: int) -> Any:
+        bad = jnp.any(jnp.isclose(progress * 8, jnp.asarray(steps, jnp.float32)))
+        return {"bad": bad[None]}
+
+    def value(params: Any, ema_params: Any, frozen: Any, inputs: Any, key: Any):
+        factor = jnp.where(inputs["bad"], jnp.inf, 1.0)
+        loss = jnp.sum(params["a"] ** 2) + jnp.sum(params["b"] ** 2) * factor
+        return loss, {}
+
+    return Loss(draw, value)
+
+
+def run_breaking(skip: bool, k: int = 1):
+    optimizer = create_optimizer(learning_rate=0.1, num_steps=8)
+    step = make_train_step(
+        breaking_at(2, 5),
+        optimizer,
+        ema_decay=0.9,
+        num_steps=8,
+        steps_per_dispatch=k,
+        skip_nonfinite=skip,
+    )
+    state = create_state({"a": jnp.ones(2), "b": jnp.ones(3)}, optimizer)
+    states, metrics = [copy(state)], []
+    for _ in range(8 // k):
+        state, found = step(state, None, None, key_of(0))
+        states.append(copy(state))
+        metrics.append(found)
+    return states, metrics
+
+
+def test_a_step_that_is_not_finite_names_its_tensor_group():
+    _, metrics = run_breaking(skip=False)
+    for index, found in enumerate(metrics[:3]):
+        np.testing.assert_array_equal(found[health.GRADIENTS][0], [True, index != 2])
+    with pytest.raises(FloatingPointError, match=r"step 3: .*finite: gradients of b"):
+        values = {name: np.asarray(metric) for name, metric in metrics[2].items()}
+        health.Health(health.group_names({"a": 0, "b": 0})).examine(values, 2)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_skipped_step_leaves_all_but_the_count(k):
+    states, metrics = run_breaking(skip=True, k=k)
+    skipped = np.concatenate([found[health.SKIPPED] for found in metrics])
+    np.testing.assert_array_equal(skipped, [0, 0, 1, 1, 1, 2, 2, 2])
+    assert states[-1].step == 8 and states[-1].skipped == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
+    if k == 1:
+        for bad, good in ((2, False), (5, False), (3, True)):
+            before, after = states[bad], states[bad + 1]
+            same = jax.tree.map(
+                lambda a, b: bool((a == b).all()),
+                (before.params, before.ema_params, before.opt_state),
+                (after.params, after.ema_params, after.opt_state),
+            )
+            assert all(jax.tree.leaves(same)) is not good
+
+
+def compiled_on(mesh: Any, **options: Any) -> Any:
+    """The step of the small transformer, compiled for a mesh."""
+    objective = Objective(boundary_share=0.5)
+    network = transformer()
+    step, state, frozen = distilling(objective, network=network, **options)
+    params = sharding.parameter_shardings(state.params, mesh, min_size=64)
+    where = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    # Adam's moments live where their parameters do.
+    where = where.replace(params=params, ema_params=params)
+    del step
+    step, state, frozen = distilling(
+        objective,
+        network=network,
+        batch_sharding=sharding.batch_sharding(mesh, axis=1),
+        state_sharding=where,
+        metrics_sharding=sharding.replicated(mesh),
+        **options,
+    )
+    state = sharding.place(state, where)
+    frozen = sharding.place(frozen, sharding.replicated(mesh))
+    return step.lower(state, frozen, None, key_of(0)).compile()
+
+
+def collectives(compiled: Any) -> set[str]:
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_data_parallel_step_reduces_gradients_and_gathers_nothing(microbatches):
+    mesh = sharding.create_mesh(4, 1, 2)
+    assert collectives(compiled_on(sharding.create_mesh(), microbatches=1)) == {
+        "all-reduce"
+    }
+    assert collectives(compiled_on(mesh, microbatches=microbatches)) == {"all-reduce"}
+    # The measure does see others.
+    assert "all-gather" in collectives(compiled_on(sharding.create_mesh(4, 2)))
+
+
+def test_parameters_take_less_of_each_device_with_fsdp():
+    sizes = {}
+    for fsdp in (1, 2, 4, 8):
+        analysis = compiled_on(sharding.create_mesh(-1, fsdp)).memory_analysis()
+        sizes[fsdp] = analysis.argument_size_in_bytes
+    print("bytes of arguments on each device, by fsdp:", sizes)
+    teacher = teacher_of(transformer()).params
+    replicated = 4 * sum(leaf.size for leaf in jax.tree.leaves(teacher))
+    split = {fsdp: size - replicated for fsdp, size in sizes.items()}
+    assert split[1] > split[2] > split[4] > split[8]
+    # Two of four copies are split here; the moments are in test_sharding.py.
+    assert split[2] < 0.8 * split[1]

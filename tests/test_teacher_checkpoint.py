@@ -133,7 +133,9 @@ def test_sharded_parameters_are_saved_whole(tmp_path):
     description = description_of()
     params = random_params(description)
     mesh = sharding.create_mesh(-1, 4)
-    split = sharding.place(params, sharding.parameter_shardings(params, mesh, 1))
+    split = sharding.place(
+        params, sharding.parameter_shardings(params, mesh, min_size=1)
+    )
     checkpoint.save_teacher(tmp_path, description, split)
     given = checkpoint.from_description(description, params)
     assert checkpoint.load_teacher(tmp_path).fingerprint() == given.fingerprint()

@@ -8,6 +8,7 @@ set aside under ``broken/``, never deleted, and the one before it is used.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -29,6 +30,8 @@ from boot_jax.training.state import TrainState
 MOST_FAILURES = 3
 
 _BROKEN = "broken"
+# What disks do, of which tensorstore tells in the middle of longer messages.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class CheckpointError(ValueError):
@@ -97,6 +100,8 @@ class Checkpoints:
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,  # what a kill in the middle of a save left
             create=False,
+            # Else a folder that cannot be made is waited for, for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -213,6 +218,7 @@ class Checkpoints:
           CheckpointError: there is none, it belongs to another run, it does not fit, or
             none is sound.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise CheckpointError(
@@ -330,12 +336,13 @@ class Checkpoints:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a few words: those of the system, where it has any."""
-    words = (
+    """An error in a few words: those of the system, where they are among its own."""
+    text = (
         os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
     )
-    lines = (words or str(error)).strip().splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__
+    text = text or str(error).strip()
+    system = [word for word in map(os.strerror, _OF_DISKS) if word in text]
+    return (system or text.splitlines() or [type(error).__name__])[0][:200]
 
 
 def _warn(text: str) -> None:

@@ -80,7 +80,7 @@ class Health:
             skipped = int(values[SKIPPED][index]) if SKIPPED in values else 0
             if skipped > self._most_skipped or not self._most_skipped:
                 raise FloatingPointError(
-                    _message(step, [*bad, *groups], self._most_skipped)
+                    _message(step, bad, groups, self._most_skipped)
                 )
             good[index] = False
             self._record("skipped_step", step=step, why=[*bad, *groups], total=skipped)
@@ -104,10 +104,12 @@ class Health:
         self._losses.append(loss)
 
 
-def _message(step: int, what: list[str], most_skipped: int) -> str:
+def _message(step: int, bad: list[str], groups: list[str], most_skipped: int) -> str:
+    what = [", ".join(bad)] * bool(bad)
+    what += [f"not finite: {'; '.join(groups)}"] * bool(groups)
     limit = f" {most_skipped} such steps were skipped before." if most_skipped else ""
     return (
-        f"step {step}: {'; '.join(what)} not finite.{limit} The run stopped; its "
+        f"step {step}: {'; '.join(what)}.{limit} The run stopped; its "
         "checkpoints are from before. A lower learning rate or a longer warm-up may "
         "help, or skip_nonfinite beside the learning rate, to skip a few such steps"
     )

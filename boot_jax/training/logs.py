@@ -168,7 +168,8 @@ def record(directory: str | pathlib.Path, event: str, **fields: Any) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def _start_wandb(project: str, name: str, directory: pathlib.Path) -> Any:
+def require_wandb() -> Any:
+    """The module of Weights & Biases. Raises `ConfigError` if it is not installed."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -176,4 +177,9 @@ def _start_wandb(project: str, name: str, directory: pathlib.Path) -> Any:
             "run.wandb_project is set, but wandb is not installed; "
             "pip install 'boot_jax[wandb]'"
         ) from error
+    return wandb
+
+
+def _start_wandb(project: str, name: str, directory: pathlib.Path) -> Any:
+    wandb = require_wandb()
     return wandb.init(project=project, name=name, dir=str(directory), resume="allow")

@@ -119,6 +119,8 @@ def train(
       Preempted: the run was asked to stop, and has saved.
     """
     run = config.run
+    if run.wandb_project:
+        logs.require_wandb()  # now, before anything is written
     distributed.on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
     record = functools.partial(logs.record, directory)
     template = state_template(init, training, mesh, config.mesh)

@@ -43,6 +43,39 @@ class Loss:
     draw: Callable[[Any, Array, Any, int], Any]
     value: Callable[[Any, Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 
+    def __call__(
+        self,
+        params: Any,
+        ema_params: Any,
+        frozen: Any,
+        batch: Any,
+        key: Array,
+        progress: Any,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss of a whole batch, and its metrics."""
+        inputs = jax.tree.map(lambda leaf: leaf[0], self.draw(batch, key, progress, 1))
+        key = jax.random.fold_in(key, 0)  # as of the first microbatch
+        return self.value(params, ema_params, frozen, inputs, key)
+
+
+def as_loss(function: Callable[..., Any]) -> Loss:
+    """A plain ``(params, ema_params, frozen, batch, key, progress) -> (loss, metrics)``.
+
+    What it draws is its own affair; so it has no microbatches.
+    """
+
+    def draw(batch: Any, key: Array, progress: Any, microbatches: int) -> Any:
+        if microbatches != 1:
+            raise ValueError("a plain function cannot be taken in microbatches")
+        return jax.tree.map(lambda leaf: leaf[None], (batch, key, progress))
+
+    def value(
+        params: Any, ema_params: Any, frozen: Any, inputs: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        return function(params, ema_params, frozen, *inputs)
+
+    return Loss(draw, value)
+
 
 def _split(tree: Any, microbatches: int) -> Any:
     """``[B, ...]`` as ``[m, B / m, ...]``."""
@@ -163,7 +196,7 @@ def denoising_loss(
 
 
 def make_train_step(
-    loss: Loss,
+    loss: Loss | Callable[..., tuple[Array, dict[str, Array]]],
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float,
@@ -179,7 +212,7 @@ def make_train_step(
     The state is donated. ``batches`` is None, or a tree with leading sizes ``[k, B]``.
 
     Args:
-      loss: whose mean over the batch is minimised.
+      loss: what is minimised; a plain function is taken as `as_loss` takes it.
       optimizer: that the state was created with.
       ema_decay: of the moving average.
       num_steps: of the run, for the losses that change on the way.
@@ -195,6 +228,8 @@ def make_train_step(
       A function that gives the new state and ``{name: [k, ...]}`` metrics: the loss and
       its parts, ``grad_norm``, and what `boot_jax.training.health` reads.
     """
+
+    loss = loss if isinstance(loss, Loss) else as_loss(loss)
 
     def update(
         state: TrainState, frozen: Any, batch: Any, key: Array
