@@ -8,6 +8,7 @@ what is learned from.
 import concurrent.futures
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Generator
 
 import numpy as np
@@ -94,13 +95,17 @@ def batches(
 def _read_ahead(
     read: Callable[[int], Batch], start: int, stride: int
 ) -> Generator[Batch, None, None]:
-    # Leaving the block, also by close() or an exception, waits for the thread's end.
-    with concurrent.futures.ThreadPoolExecutor(1, "boot_jax-batches") as thread:
+    thread = concurrent.futures.ThreadPoolExecutor(1, "boot_jax-batches")
+    is_finalizing = sys.is_finalizing  # at the interpreter's end, sys may be gone
+    try:
         ahead = thread.submit(read, start)
         for step in itertools.count(start + stride, stride):
             batch = ahead.result()
             ahead = thread.submit(read, step)
             yield batch
+    finally:
+        # Waits for the thread; at the interpreter's end that has been done.
+        thread.shutdown(wait=not is_finalizing())
 
 
 @functools.lru_cache(maxsize=8)

@@ -108,8 +108,8 @@ def check_rules(rules: Rules) -> None:
         if tactic not in ("replicate", "fsdp") and not _SPLIT.fullmatch(str(tactic)):
             raise MeshError(
                 f"{tactic!r} is not a tactic; choose replicate, fsdp, or "
-                f"AXIS:DIMENSION with an axis of {', '.join(AXES)} and a dimension that "
-                "is in, out or a number"
+                f"AXIS:DIMENSION with an axis of {', '.join(AXES)} and a dimension "
+                "that is in, out or a number"
             )
 
 

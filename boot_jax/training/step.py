@@ -59,7 +59,7 @@ class Loss:
 
 
 def as_loss(function: Callable[..., Any]) -> Loss:
-    """A plain ``(params, ema_params, frozen, batch, key, progress) -> (loss, metrics)``.
+    """A plain function of the arguments of `Loss.__call__`, as a `Loss`.
 
     What it draws is its own affair; so it has no microbatches.
     """
