@@ -139,7 +139,7 @@ while true; do
     fi
   done
   ((${#running[@]} > 0)) || exit "$(most_telling "${codes[@]}")"
-  if [[ -n "$deadline" ]] && ((SECONDS >= deadline)); then
+  if [[ -n "$deadline" ]] && ((SECONDS > deadline)); then
     say "$grace s after the first failure: killing ${running[*]}"
     # They may be deaf to TERM while they wait for the process that has failed.
     kill -KILL "${running[@]}" 2>/dev/null || true

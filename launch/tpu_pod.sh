@@ -278,7 +278,7 @@ try() {
     [[ "$state" == READY ]] || return 1
     if ((tries == max_tries)); then
       # 1 and 255 are gcloud's and ssh's own; others come from a worker, which does answer.
-      ((code == 1 || code == 255)) || give_up 2 "a worker could not $1, $tries times"
+      ((code == 1 || code == 255)) || give_up 2 "$1 failed on a worker, $tries times"
       say "$name is ready, but does not answer"
       unreachable=true
       return 1
@@ -312,7 +312,7 @@ follow() {
         deadline=$((SECONDS + grace_seconds))
       fi
     done
-    if [[ -n "$deadline" ]] && ((SECONDS >= deadline)); then
+    if [[ -n "$deadline" ]] && ((SECONDS > deadline)); then
       if ((stops++ == 3)); then
         say "some workers cannot be stopped"
         unreachable=true

@@ -53,6 +53,7 @@ CLOUD = """\
 printf '%s\\n' "gcloud $*" >>"$TRACE"
 verb=$4
 files=()
+[[ $(readlink /proc/$$/fd/0) == /dev/null ]] || exit 9 # it could ask, and wait for ever
 workers=(0 1)
 for argument in "$@"; do
   case "$argument" in
@@ -413,9 +414,9 @@ def test_dry_run_on_a_pod(bench, kind, version):
     assert commands == [shlex.split(f"{GCLOUD} {line} {ends}") for line in expected]
 
 
-def test_dry_run_on_a_pod_with_every_option(bench):
+@pytest.mark.parametrize("url", ["https://example.org/b.git", "git@example.org:b.git"])
+def test_dry_run_on_a_pod_with_every_option(bench, url):
     arguments = (*POD, "--version=v7", "--project=mine", "--spot", "--delete")
-    url = "https://example.org/boot.git"
     arguments = (*arguments, f"--repo={url}", "--branch=next", "configs/new.py")
     commands = dry_run(bench, "tpu_pod.sh", *arguments, "--workdir=/mnt/x")
     ends = ["--zone=us-central1-a", "--project=mine", "--quiet"]
@@ -587,6 +588,16 @@ def test_the_last_words_are_printed(bench):
     done = bench.end(launcher)
     assert done.returncode == 75
     assert done.stdout.splitlines() == [f"[0] {n}" for n in range(1, 2001)]
+
+
+def test_the_launcher_waits_for_the_last_words(bench):
+    slow = '#!/bin/bash\nsleep 1\nexec /usr/bin/env -i /bin/sed "$@"\n'
+    write_program(bench.programs / "sed", slow)
+    bench.set_plan("echo words")
+    launcher = start_local(bench, "--processes=1")
+    assert launcher.wait(timeout=20) == 0
+    os.set_blocking(launcher.stdout.fileno(), False)
+    assert launcher.stdout.read() == "[0] words\n"
 
 
 LEAVES = "trap '' TERM INT HUP\necho $$ >>$PLAN/pids\n"
@@ -817,6 +828,7 @@ def pod(bench, checkout):
     return Pod(bench, checkout)
 
 
+UNTIL_GO = "until [[ -f $PLAN/go ]]; do sleep 0.05; done"
 CHANGES = ("create", "delete")
 
 
@@ -886,12 +898,16 @@ def test_a_pod_that_is_not_ready_is_waited_for(pod, bench):
 
 
 def test_a_preempted_run_goes_on_in_a_new_pod(pod, bench):
-    bench.set_plan("echo one; echo PREEMPTED >$CLOUD/state; sleep 60", "echo two")
-    done = pod.run()
-    assert done.returncode == 0, done.stderr
+    one = f"echo one; {UNTIL_GO}; echo PREEMPTED >$CLOUD/state; sleep 60"
+    bench.set_plan(one, "echo two")
+    launcher = pod.start()
+    assert launcher.stdout.readline() == "one\n"
+    (bench.plan / "go").touch()
+    done = bench.end(launcher)
+    assert (done.returncode, done.stdout) == (0, "two\n"), done.stderr
     assert pod.verbs(*CHANGES) == ["create", "delete", "create"]
     assert pod.workers_verbs() == ["install", "start"] * 2
-    assert "two\n" in done.stdout
+    assert "does not answer" not in done.stderr
     assert len(set(bench.lives())) == 1 and len(bench.lives()) == 2
     assert "starting again, 1 of at most 100" in done.stderr
 
@@ -906,10 +922,11 @@ def test_a_terminated_pod_is_replaced_first(pod, bench):
 @pytest.mark.parametrize("code", [75, 76, 134])
 def test_a_run_is_started_again_on_the_same_pod(pod, bench, code):
     pod.exists()
-    bench.set_plan(f"echo one; exit {code}", "echo two")
+    bench.set_plan(f"echo one; exit {code}", "sleep 0.5; echo two")
     done = pod.run()
     assert (done.returncode, done.stdout) == (0, "one\ntwo\n")
     assert pod.verbs(*CHANGES) == []
+    assert done.stderr.count("starting again") == 1
     for me in (0, 1):
         first, second = bench.lives(me)
         assert first == second
@@ -951,12 +968,13 @@ def test_a_worker_that_vanished_is_a_dead_peer(pod, bench):
 def test_workers_that_wait_in_vain_are_stopped(pod, bench):
     pod.exists()
     bench.set_plan("exit 2", process=0)
-    bench.set_plan("echo $$ >>$PLAN/pids; exec sleep 60", process=1)
+    bench.set_plan("trap 'exit 75' TERM; sleep 60 & wait", process=1)
     done = pod.run(GRACE_SECONDS="1")
     assert done.returncode == 2, done.stderr
     assert "a worker ended with exit code 2; 1 s for the others" in done.stderr
     assert pod.workers_verbs() == ["install", "start", "stop"]
-    wait_for(lambda: not any(map(alive, pids_of(bench))), 5)
+    # Asked to, it has saved, and its exit code was written down.
+    assert (bench.cloud / "worker1" / "boot_jax" / "code").read_text() == "75\n"
 
 
 def test_a_worker_deaf_to_term_is_killed(pod, bench):
@@ -965,7 +983,23 @@ def test_a_worker_deaf_to_term_is_killed(pod, bench):
     bench.set_plan(LEAVES + "wait; sleep 60", "exit 0", process=1)
     done = pod.run(GRACE_SECONDS="0", STOP_SECONDS="1")
     assert done.returncode == 0, done.stderr
+    assert pod.workers_verbs() == ["install", "start", "stop", "install", "start"]
+    assert pod.verbs(*CHANGES) == []
     wait_for(lambda: not any(map(alive, pids_of(bench))), 5)
+
+
+def test_a_pod_that_cannot_be_stopped_is_replaced(pod, bench):
+    pod.exists()
+    later = "until [[ -f $PLAN/deaf ]]; do sleep 0.05; done; exit 76"
+    bench.set_plan(later, "exit 0", process=0)
+    deaf = "sleep 0.3; echo 4194305 >$HOME/boot_jax/pid; touch $PLAN/deaf; "
+    deaf += UNTIL_GO
+    bench.set_plan(deaf, "exit 0", process=1)
+    done = pod.run(GRACE_SECONDS="0", STOP_SECONDS="0")
+    (bench.plan / "go").touch()
+    assert done.returncode == 0, done.stderr
+    assert pod.workers_verbs().count("stop") == 3
+    assert pod.verbs(*CHANGES) == ["delete", "create"]
 
 
 def test_a_lost_connection_is_tried_again(pod, bench):
@@ -993,7 +1027,7 @@ def test_a_pod_that_answers_no_more_is_replaced(pod, bench):
 
 def test_the_launcher_can_leave_and_come_back(pod, bench):
     pod.exists()
-    bench.set_plan("echo begun; until [[ -f $PLAN/go ]]; do sleep 0.05; done; exit 1")
+    bench.set_plan(f"echo begun; {UNTIL_GO}; exit 1")
     launcher = pod.start()
     assert launcher.stdout.readline() == "begun\n"
     os.killpg(launcher.pid, signal.SIGINT)
@@ -1071,9 +1105,18 @@ def test_what_cannot_be_installed_is_final(pod, bench):
     (bench.cloud / "uv_fails").touch()
     done = pod.run("--delete", MAX_TRIES="2")
     assert done.returncode == 2
-    assert "a worker could not install, 2 times" in done.stderr
+    assert "install failed on a worker, 2 times" in done.stderr
     assert pod.verbs(*CHANGES) == []
     assert not bench.lives()
+
+
+def test_a_worker_that_answers_is_not_taken_for_lost(pod, bench):
+    pod.exists()
+    pod.fails("ssh", *["127 bash: command not found"] * 2)
+    done = pod.run("--delete", MAX_TRIES="2")
+    assert done.returncode == 2
+    assert "ask failed on a worker, 2 times" in done.stderr
+    assert pod.verbs(*CHANGES) == []
 
 
 def test_a_worker_refuses_what_it_does_not_know(bench):
