@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 # Named, because ``time_embedding.linear_1`` ends in a number and is no list.
 _LISTS = re.compile(
-    r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|to_out)_(\d+)"
+    r"(down_blocks|up_blocks|transformer_blocks|resnets|attentions|downsamplers"
+    r"|upsamplers|to_out|net)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
