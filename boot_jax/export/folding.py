@@ -1,0 +1,169 @@
+"""What is constant in a finished student, and where a stock network can hold it.
+
+**Time.** A student's network sees its own time frozen and the target time (and guidance
+scale) through added embeddings. In use all of them are constants, so its embedding
+
+    e = W_2 silu(W_1 p(tau) + b_1) + b_2 + sum_a A_a(value_a)                       (1)
+
+is one vector. The stock network computes ``W_2 silu(...) + b_2`` alone: with ``W_2 = 0``
+and ``b_2 = e`` it gives (1), whatever time it is told. A class embedding is added after
+it, and stays what it is.
+
+**Conversion.** With ``n = sqrt(alpha^2 + sigma^2)`` at ``t_max``, the network is given
+``m eps`` (``m`` is ``n`` times the schedule's input scale) and its output becomes
+
+    y = A eps - B output.                                                           (2)
+
+One step of a stock scheduler from a level ``a^2 = alphas_cumprod``, ``s^2 = 1 - a^2`` to
+clean data, its noise being ``eps`` itself, is (2) with
+
+    epsilon        A = 1 / a    B = s / a
+    v_prediction   A = a        B = s
+    sample         A = 0        B = -1
+
+For epsilon and v the level ``a = alpha / n`` gives both ``A`` and ``B``, for variance
+preserving and exploding schedules alike. A flow has ``A = n / (alpha + sigma) <= 1`` and
+``B = sigma / (alpha + sigma)``: that is v at the level ``a = A`` when the network's last
+layer is multiplied by ``B / s``. At ``t_max = 1`` of a flow ``s`` would be 0; ``a^2`` is
+then ``1 - 2^-20``, which is ``A`` to half a millionth. An input scale ``m`` other than 1
+is multiplied into the network's first layer.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from boot_jax.export.finished import FinishedStudent
+from boot_jax.prediction import to_x_0
+from boot_jax.student import TARGET_TIME
+
+#: The largest level that leaves a scheduler some noise, eq. (2) of a flow at its end.
+_MOST_ALPHAS_CUMPROD = 1 - 2.0**-20
+_MOST_BETAS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StockConversion:
+    """Eq. (2) as a stock scheduler's one step.
+
+    Attributes:
+      prediction_type: one that diffusers' DDIM knows.
+      betas: of all its training steps; one step goes from the last of them to data.
+      input_scale: multiplies the network's first layer.
+      output_scale: multiplies the network's last layer.
+    """
+
+    prediction_type: str
+    betas: tuple[float, ...]
+    input_scale: float
+    output_scale: float
+
+
+def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.ndarray:
+    """``e`` of eq. (1), ``[E]`` float32, heard from the student itself while it runs.
+
+    Args:
+      finished: the student.
+      parts: the submodules whose outputs are its terms.
+    """
+    heard: dict[str, Any] = {}
+
+    def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = call(*args, **kwargs)
+        if context.module.name in parts:
+            heard[context.module.name] = output
+        return output
+
+    def embedding(params: Any) -> Any:
+        label = None if finished.num_classes is None else jnp.zeros((1,), jnp.int32)
+        with nn.intercept_methods(listen):
+            finished(params, jnp.zeros((1, *finished.sample_shape)), label)
+        return sum(jnp.asarray(term, jnp.float32) for term in heard.values())
+
+    # Compiled, so that the rest of the network is never computed.
+    return np.asarray(jax.jit(embedding)(finished.params))[0]
+
+
+def frozen_time(finished: FinishedStudent) -> float:
+    """The time that the student's network is told, in the network's own units."""
+    names = finished.network.added_embeddings  # type: ignore[attr-defined]
+    times = finished.objective
+    t = times.t_max if TARGET_TIME in names else times.t_min
+    return float(finished.teacher.schedule.time_input(jnp.asarray([t]))[0])
+
+
+def stock_conversion(finished: FinishedStudent, num_steps: int = 1) -> StockConversion:
+    """Eq. (2) of a student, as a stock scheduler does it.
+
+    Args:
+      finished: the student.
+      num_steps: the fewest training steps that the scheduler is to have.
+    """
+    schedule, kind = finished.teacher.schedule, finished.student.prediction_type
+    alpha, sigma, n, scale = (
+        _at_t_max(finished, function)
+        for function in (
+            schedule.alpha,
+            schedule.sigma,
+            schedule.prior_scale,
+            schedule.input_scale,
+        )
+    )
+    # Asked of the conversion itself: A from eps = 1 without output, B the other way.
+    one, zero = jnp.ones((1,)), jnp.zeros((1,))
+    a = float(to_x_0(kind, zero, n * one, alpha, sigma)[0])
+    b = -float(to_x_0(kind, one, zero, alpha, sigma)[0])
+    level = float((alpha / n)[0]) ** 2
+    if kind == "flow_prediction":
+        level = min(a**2, _MOST_ALPHAS_CUMPROD)
+    betas = stock_betas(level, num_steps)
+    output_scale = 1.0
+    if kind == "flow_prediction":
+        kind, output_scale = "v_prediction", b / np.sqrt(1 - _product(betas))
+    input_scale = float((n * scale)[0])
+    return StockConversion(
+        prediction_type=kind,
+        betas=betas,
+        # Rounding alone is no reason to touch a weight.
+        input_scale=1.0 if abs(input_scale - 1) < 1e-6 else input_scale,
+        output_scale=float(output_scale),
+    )
+
+
+def stock_betas(alphas_cumprod: float, num_steps: int = 1) -> tuple[float, ...]:
+    """Equal betas, the fewest whose float32 product of ``1 - beta`` is the level.
+
+    A beta near 1 leaves few digits of ``1 - beta``: with 4e-5 (a linear schedule's end)
+    one beta would be off by 7e-4, four are off by 1e-6. Few, because a pipeline that is
+    asked for more steps than there are betas refuses, and a student has but one.
+
+    >>> stock_betas(0.0)
+    (1.0,)
+    >>> len(stock_betas(4e-5)) <= 4
+    True
+    """
+    candidates = [
+        (float(np.float32(1 - alphas_cumprod ** (1 / count))),) * count
+        for count in range(num_steps, num_steps + _MOST_BETAS)
+    ]
+
+    def error(betas: tuple[float, ...]) -> float:
+        return abs(_product(betas) - alphas_cumprod)
+
+    good = [c for c in candidates if error(c) <= 2e-6 * alphas_cumprod]
+    return good[0] if good else min(candidates, key=error)
+
+
+def _product(betas: tuple[float, ...]) -> float:
+    """The last ``alphas_cumprod``, in float32 as diffusers computes it."""
+    alphas = np.float32(1) - np.asarray(betas, np.float32)
+    return float(np.prod(alphas, dtype=np.float32))
+
+
+def _at_t_max(finished: FinishedStudent, function: Any) -> Any:
+    return function(jnp.asarray([finished.objective.t_max], jnp.float32))

@@ -1,0 +1,86 @@
+"""Small students with random weights everywhere, as a training would leave them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from boot_jax.export.finished import FinishedStudent
+from boot_jax.models import create_network
+from boot_jax.objectives import Objective
+from boot_jax.schedules import NoiseSchedule, get_schedule
+from boot_jax.student import create_student
+from boot_jax.teachers.base import Teacher, network_denoiser
+
+UNET = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+DIT = {"patch_size": 2, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+
+
+def randomised(params: Any, seed: int = 0) -> Any:
+    """Moves every leaf, those that start at zero among them."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.asarray(
+            leaf + 0.3 * random.standard_normal(leaf.shape), np.float32
+        ),
+        params,
+    )
+
+
+def finished_student(
+    network: str = "unet",
+    *,
+    schedule: NoiseSchedule | None = None,
+    prediction_type: str = "v_prediction",
+    sample_shape: tuple[int, int, int] = (8, 8, 1),
+    num_classes: int | None = None,
+    t_max: float = 1.0,
+    time_conditioning: str = "added",
+    guidance_scale: float | None = None,
+    **options: Any,
+) -> FinishedStudent:
+    """A student that no one has trained, but whose every weight matters."""
+    schedule = schedule or get_schedule("cosine")
+    model = create_network(
+        network,
+        sample_shape=sample_shape,
+        num_classes=num_classes,
+        **({"unet": UNET, "dit": DIT}[network] | options),
+    )
+    condition = None if num_classes is None else {"label": jnp.zeros(1, jnp.int32)}
+    shapes = jax.eval_shape(
+        lambda key: model.init(
+            key, jnp.zeros((1, *sample_shape)), jnp.ones(1), condition
+        )["params"],
+        jax.random.key(0),
+    )
+    teacher = Teacher(
+        denoise=network_denoiser(model, schedule, prediction_type),
+        params=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        schedule=schedule,
+        sample_shape=sample_shape,
+        num_classes=num_classes,
+        network=model,
+        prediction_type=prediction_type,
+    )
+    student = create_student(
+        teacher,
+        t_max=t_max,
+        time_conditioning=time_conditioning,
+        guidance_range=None if guidance_scale is None else (1.0, 4.0),
+    )
+    return FinishedStudent(
+        student=student,
+        params=randomised(student.init(jax.random.key(0))),
+        teacher=teacher,
+        objective=Objective(kind="continuous", t_max=t_max),
+        guidance_scale=guidance_scale,
+    )
