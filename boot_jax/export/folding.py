@@ -3,30 +3,30 @@
 **Time.** A student's network sees its own time frozen and the target time (and guidance
 scale) through added embeddings. In use all of them are constants, so its embedding
 
-    e = W_2 silu(W_1 p(tau) + b_1) + b_2 + sum_a A_a(value_a)                       (1)
+    e = W_2 silu(W_1 p(tau) + b_1) + b_2 + sum_a A_a(value_a)                   (1)
 
-is one vector. The stock network computes ``W_2 silu(...) + b_2`` alone: with ``W_2 = 0``
-and ``b_2 = e`` it gives (1), whatever time it is told. A class embedding is added after
-it, and stays what it is.
+is one vector. The stock network computes ``W_2 silu(...) + b_2`` alone: with
+``W_2 = 0`` and ``b_2 = e`` it gives (1), whatever time it is told. A class embedding is
+added after it, and stays what it is.
 
 **Conversion.** With ``n = sqrt(alpha^2 + sigma^2)`` at ``t_max``, the network is given
 ``m eps`` (``m`` is ``n`` times the schedule's input scale) and its output becomes
 
-    y = A eps - B output.                                                           (2)
+    y = A eps - B output.                                                       (2)
 
-One step of a stock scheduler from a level ``a^2 = alphas_cumprod``, ``s^2 = 1 - a^2`` to
-clean data, its noise being ``eps`` itself, is (2) with
+One step of a stock scheduler from a level ``a^2 = alphas_cumprod``, ``s^2 = 1 - a^2``
+to clean data, its noise being ``eps`` itself, is (2) with
 
     epsilon        A = 1 / a    B = s / a
     v_prediction   A = a        B = s
     sample         A = 0        B = -1
 
 For epsilon and v the level ``a = alpha / n`` gives both ``A`` and ``B``, for variance
-preserving and exploding schedules alike. A flow has ``A = n / (alpha + sigma) <= 1`` and
-``B = sigma / (alpha + sigma)``: that is v at the level ``a = A`` when the network's last
-layer is multiplied by ``B / s``. At ``t_max = 1`` of a flow ``s`` would be 0; ``a^2`` is
-then ``1 - 2^-20``, which is ``A`` to half a millionth. An input scale ``m`` other than 1
-is multiplied into the network's first layer.
+preserving and exploding schedules alike. A flow has ``A = n / (alpha + sigma) <= 1``
+and ``B = sigma / (alpha + sigma)``: that is v at the level ``a = A`` when the network's
+last layer is multiplied by ``B / s``. At ``t_max = 1`` of a flow ``s`` would be 0;
+``a^2`` is then ``1 - 2^-20``, which is ``A`` to half a millionth. An input scale ``m``
+other than 1 is multiplied into the network's first layer.
 """
 
 import dataclasses
