@@ -21,7 +21,7 @@ from boot_jax.schedules import NoiseSchedule, get_schedule
 from boot_jax.student import TIME_CONDITIONINGS, check_conversion
 from boot_jax.training.state import LEARNING_RATE_DECAYS
 
-TEACHER_SOURCES = ("train", "checkpoint", "mixture")
+TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers")
 NETWORKS = ("dit", "unet")
 
 #: Sections that do not change what a run computes, so a workdir may go on with others.
@@ -106,6 +106,8 @@ def default_config() -> Any:
             "labels": False,  # whether the teacher is class-conditional
         }
     )
+    # Not read for teacher.source = "diffusers": there the folder decides, as it does
+    # on teacher.prediction_type and teacher.thresholding.
     config.schedule = ml_collections.ConfigDict(
         {
             "name": "cosine",  # cosine | linear_beta | edm | flow | discrete
@@ -149,8 +151,10 @@ def default_config() -> Any:
     )
     config.teacher = ml_collections.ConfigDict(
         {
-            "source": "train",  # train | checkpoint | mixture
-            "path": "",  # of the checkpoint: a folder with model.json
+            "source": "train",  # train | checkpoint | mixture | diffusers
+            "path": "",  # checkpoint: a folder with model.json; diffusers: or a hub id
+            "revision": "",  # of a hub id; its token is the environment's, HF_TOKEN
+            "null_label": False,  # diffusers: a UNet's last class means none
             "prediction_type": "v_prediction",
             "thresholding": "none",  # none | clip | dynamic
             "guidance_scale": 1.0,  # w; 1 is no guidance
@@ -348,7 +352,7 @@ def validate(config: Any) -> None:
     _check_guidance(config)
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
-    if config.teacher.source != "mixture":
+    if config.teacher.source in ("train", "checkpoint"):
         try:
             check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
         except ValueError as error:
@@ -364,10 +368,15 @@ def validate(config: Any) -> None:
             "teacher.source is 'train', but data.name is empty; name the images to "
             "train on (digits, folder or tfds:NAME)"
         )
-    if config.teacher.source == "checkpoint" and not config.teacher.path:
+    needed = {
+        "checkpoint": "the folder that holds model.json",
+        "diffusers": "the folder that holds model_index.json, or a hub id",
+    }
+    source = config.teacher.source
+    if source in needed and not config.teacher.path:
         raise ConfigError(
-            "teacher.source is 'checkpoint', but teacher.path is empty; "
-            "give the folder that holds model.json"
+            f"teacher.source is {source!r}, but teacher.path is empty; "
+            f"give {needed[source]}"
         )
 
 

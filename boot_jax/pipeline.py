@@ -140,6 +140,7 @@ def sample(run: Run) -> pathlib.Path:
     ).images
     folder = run.workdir / "samples" / name
     folder.mkdir(parents=True, exist_ok=True)
+    images = sampling.to_images(run.teacher.decoder, images, options.batch_size)
     summary.save_images(folder, images)
     return folder
 

@@ -14,6 +14,7 @@ preconditioned output of Karras et al. (arXiv 2206.00364) with unit data varianc
 Everything above this module knows denoisers only: ``x_0`` out.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -110,3 +111,26 @@ THRESHOLDING: dict[str, Callable[[Array], Array]] = {
     "clip": clip,
     "dynamic": dynamic_threshold,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholding:
+    """What a teacher's own sampler does to ``x_0``, with its numbers.
+
+    Attributes:
+      kind: a name in `THRESHOLDING`.
+      limit: where ``clip`` cuts, or the most that ``dynamic`` divides by.
+      ratio: the quantile of ``dynamic``.
+    """
+
+    kind: str = "none"
+    limit: float = 1.0
+    ratio: float = 0.995
+
+    def __call__(self, x_0: Array) -> Array:
+        """Maps ``x_0 [B, ...]`` to the same shape."""
+        if self.kind == "clip":
+            return clip(x_0, self.limit)
+        if self.kind == "dynamic":
+            return dynamic_threshold(x_0, self.ratio, self.limit)
+        return x_0

@@ -140,6 +140,7 @@ def _signal(
             added,
         )
         assert isinstance(output, Array)
+        output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
         alpha_t, sigma_t = schedule.alpha(start), schedule.sigma(start)
         return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from boot_jax.evaluation import paired, plots, report
+from boot_jax.sampling import to_images
 from boot_jax.training.logs import read_metrics
 from boot_jax.workdir import write_text
 
@@ -133,8 +134,10 @@ def _figures(
     figures: dict[str, bytes] = {}
     if pair.teacher.sample_shape == (1, 1, 2):
         figures["where each noise goes: exact ODE and student"] = _map(pair)
-    else:
-        grid = plots.encode_png(plots.image_grid(rows))
+    elif pair.teacher.image_shape[-1] in (1, 3):
+        decoder = pair.teacher.decoder
+        shown = {name: to_images(decoder, samples) for name, samples in rows.items()}
+        grid = plots.encode_png(plots.image_grid(shown))
         (workdir / "samples").mkdir(exist_ok=True)
         (workdir / "samples" / "grid.png").write_bytes(grid)
         figures["the same noise in each column"] = grid
