@@ -41,7 +41,6 @@ _SCHEDULE_FIELDS = {
     ),
 }
 
-
 _CHOICES = {
     "teacher.source": TEACHER_SOURCES,
     "teacher.prediction_type": PREDICTION_TYPES,
@@ -106,8 +105,7 @@ def default_config() -> Any:
             "labels": False,  # whether the teacher is class-conditional
         }
     )
-    # Not read for teacher.source = "diffusers": there the folder decides, as it does
-    # on teacher.prediction_type and teacher.thresholding.
+    # Not read with teacher.source="diffusers", nor are prediction_type, thresholding.
     config.schedule = ml_collections.ConfigDict(
         {
             "name": "cosine",  # cosine | linear_beta | edm | flow | discrete
@@ -359,25 +357,18 @@ def validate(config: Any) -> None:
             raise ConfigError(str(error)) from error
     means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))
     if config.teacher.source == "mixture" and (not means or means != scales):
-        raise ConfigError(
-            f"teacher.mixture has {means} means and {scales} scales; as many of each, "
-            "at least one, are needed"
-        )
+        wrong = f"{means} means and {scales} scales; as many of each, at least one,"
+        raise ConfigError(f"teacher.mixture has {wrong} are needed")
     if config.teacher.source == "train" and not config.data.name:
         raise ConfigError(
             "teacher.source is 'train', but data.name is empty; name the images to "
             "train on (digits, folder or tfds:NAME)"
         )
-    needed = {
-        "checkpoint": "the folder that holds model.json",
-        "diffusers": "the folder that holds model_index.json, or a hub id",
-    }
     source = config.teacher.source
-    if source in needed and not config.teacher.path:
-        raise ConfigError(
-            f"teacher.source is {source!r}, but teacher.path is empty; "
-            f"give {needed[source]}"
-        )
+    if source in ("checkpoint", "diffusers") and not config.teacher.path:
+        file = "model.json" if source == "checkpoint" else "model_index.json"
+        hint = f"but teacher.path is empty; give the folder that holds {file}"
+        raise ConfigError(f"teacher.source is {source!r}, {hint}")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

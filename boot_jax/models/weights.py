@@ -255,7 +255,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     """Flax parameters, whose modules are named as ours."""
     try:
-        tree = msgpack_restore(path.read_bytes())
+        tree: Any = msgpack_restore(path.read_bytes())
         return to_diffusers(tree.get("params", tree))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(
