@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "all",
-    ["all", "teacher", "distill", "sample", "evaluate"],
+    ["all", "teacher", "distill", "sample", "evaluate", "export"],
     "What to do; all does whatever is missing, and the report.",
 )
 _NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")

@@ -4,10 +4,13 @@ teacher   train the teacher, where the config says so
 distill   train the student
 sample    images from the student
 evaluate  compare both, and write the report
+export    the student for PyTorch diffusers, for jax alone, and as plain weights
 all       whatever of the first two is missing, then evaluate (the default)
 """
 
+import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,9 @@ from boot_jax import data as data_lib
 from boot_jax import sampling, sharding, summary
 from boot_jax.evaluation import paired
 from boot_jax.evaluation.features import FEATURES, get_features
+from boot_jax.export.card import origin_of
+from boot_jax.export.finished import ExportError, FinishedStudent
+from boot_jax.export.folder import write_export
 from boot_jax.models.weights import WeightsError
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
@@ -36,6 +42,7 @@ USER_ERRORS = (
     CheckpointError,
     config_lib.ConfigError,
     data_lib.DataError,
+    ExportError,
     sharding.MeshError,
     TeacherError,
     WeightsError,
@@ -187,6 +194,26 @@ def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
     return None, "the teacher's own ODE samples: the config names no data"
 
 
+def export(run: Run) -> pathlib.Path:
+    """Writes the student in forms that others can run; gives the folder."""
+    pair, results = trained_pair(run), run.workdir / "results.json"
+    finished = FinishedStudent(
+        student=run.student,
+        params=jax.device_get(pair.params),
+        teacher=run.teacher,
+        objective=run.objective,
+        guidance_scale=pair.guidance_scale,
+    )
+    return write_export(
+        run.workdir / "export",
+        finished,
+        config=run.config,
+        results=json.loads(results.read_text()) if results.exists() else None,
+        origin=origin_of(run.config, run.workdir, run.teacher.fingerprint()),
+        warn=lambda text: print(f"export: {text}", file=sys.stderr),
+    )
+
+
 def execute(mode: str, config: Any, workdir: str) -> str:
     """Runs one mode of the command; gives the line to print at its end.
 
@@ -207,6 +234,8 @@ def execute(mode: str, config: Any, workdir: str) -> str:
         return f"teacher: {run.workdir / 'teacher'}"
     if mode == "sample":
         return f"samples: {sample(run)}"
+    if mode == "export":
+        return f"export: {export(run)}"
     if mode in ("all", "distill"):
         distill(run)
     if mode == "distill":

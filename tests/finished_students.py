@@ -8,6 +8,7 @@ import numpy as np
 
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.models import create_network
+from boot_jax.models.transformer import Transformer
 from boot_jax.objectives import Objective
 from boot_jax.schedules import NoiseSchedule, get_schedule
 from boot_jax.student import create_student
@@ -21,18 +22,26 @@ UNET = {
     "attention_head_dim": 8,
     "norm_num_groups": 4,
 }
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "patch_size": 2,
+    "norm_eps": 1e-6,
+}
 DIT = {"patch_size": 2, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
 
 
-def randomised(params: Any, seed: int = 0) -> Any:
-    """Moves every leaf, those that start at zero among them."""
+def random_params(shapes: Any, seed: int = 0) -> Any:
+    """Every leaf matters, those that start at zero among them."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: np.asarray(
-            leaf + 0.3 * random.standard_normal(leaf.shape), np.float32
-        ),
-        params,
-    )
+
+    def leaf(path: Any, shape: Any) -> np.ndarray:
+        centre = 1 if path[-1].key == "scale" else 0
+        values = centre + 0.3 * random.standard_normal(shape.shape)
+        return np.asarray(values, np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def finished_student(
@@ -49,12 +58,17 @@ def finished_student(
 ) -> FinishedStudent:
     """A student that no one has trained, but whose every weight matters."""
     schedule = schedule or get_schedule("cosine")
-    model = create_network(
-        network,
-        sample_shape=sample_shape,
-        num_classes=num_classes,
-        **({"unet": UNET, "dit": DIT}[network] | options),
-    )
+    if network == "transformer":
+        sizes = {"sample_size": sample_shape[0], "in_channels": sample_shape[2]}
+        labels = {"num_embeds_ada_norm": num_classes}
+        model = Transformer.from_config(TRANSFORMER | sizes | labels, **options)
+    else:
+        model = create_network(
+            network,
+            sample_shape=sample_shape,
+            num_classes=num_classes,
+            **({"unet": UNET, "dit": DIT}[network] | options),
+        )
     condition = None if num_classes is None else {"label": jnp.zeros(1, jnp.int32)}
     shapes = jax.eval_shape(
         lambda key: model.init(
@@ -79,7 +93,7 @@ def finished_student(
     )
     return FinishedStudent(
         student=student,
-        params=randomised(student.init(jax.random.key(0))),
+        params=random_params(jax.eval_shape(student.init, jax.random.key(0))),
         teacher=teacher,
         objective=Objective(kind="continuous", t_max=t_max),
         guidance_scale=guidance_scale,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from finished_students import finished_student
 
-from boot_jax.export.diffusers import save_pipeline, stock_model
+from boot_jax.export.diffusers import save_pipeline, scheduler_config, stock_model
 from boot_jax.export.finished import ExportError
+from boot_jax.export.folding import stock_conversion
 from boot_jax.schedules import get_schedule
 
 torch = pytest.importorskip("torch")
@@ -56,12 +57,11 @@ def unclipped(pipeline):
     return kept
 
 
-def assert_same_images(ours, theirs):
-    ours = np.clip(ours / 2 + 0.5, 0, 1)
-    assert ours.shape == theirs.shape
-    # Most pixels are not at the ends, where anything would agree.
-    assert np.mean((ours > 0) & (ours < 1)) > 0.3
-    assert np.abs(ours - theirs).max() < 1e-4
+def assert_same_samples(ours, kept):
+    """Of one step, before clipping: also where a random network leaves the range."""
+    assert len(kept) == 1 and kept[0].shape == ours.shape
+    # An epsilon teacher's output is divided by alpha, and so is its rounding.
+    assert np.abs(ours - kept[0]).max() < 1e-4 * np.abs(ours).max()
 
 
 @pytest.mark.parametrize(
@@ -80,32 +80,71 @@ def assert_same_images(ours, theirs):
         (("flow", {}), "epsilon", 0.9),
     ],
 )
-def test_one_stock_step_is_the_students_conversion(
-    tmp_path, schedule, prediction_type, t_max
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_conversion_is_one_step_of_a_stock_scheduler(
+    schedule, prediction_type, t_max, num_steps
 ):
     name, options = schedule
+    schedule = get_schedule(name, **options)
     finished = finished_student(
-        schedule=get_schedule(name, **options),
-        prediction_type=prediction_type,
-        t_max=t_max,
+        schedule=schedule, prediction_type=prediction_type, t_max=t_max
+    )
+    conversion = stock_conversion(finished, num_steps)
+    scheduler = diffusers.DDIMScheduler(**scheduler_config(conversion))
+    scheduler.set_timesteps(1)
+    (time,) = scheduler.timesteps
+    assert num_steps - 1 <= time < 8
+    eps, output = np.random.default_rng(0).standard_normal((2, 64), np.float32)
+    theirs = scheduler.step(
+        torch.tensor(output * np.float32(conversion.output_scale)),
+        time,
+        torch.tensor(eps),
+    ).prev_sample
+    # The paper's, in float64.
+    t = jnp.asarray(t_max)
+    alpha, sigma = (float(f(t)) for f in (schedule.alpha, schedule.sigma))
+    x_t = np.hypot(alpha, sigma) * eps.astype(float)
+    ours = {
+        "epsilon": lambda: (x_t - sigma * output) / alpha,
+        "v_prediction": lambda: (alpha * eps - sigma * output) / np.hypot(alpha, sigma),
+        "sample": lambda: output,
+        "flow_prediction": lambda: (x_t - sigma * output) / (alpha + sigma),
+    }[prediction_type]()
+    assert np.abs(theirs.numpy() - ours).max() < 4e-6 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction_type, t_max",
+    [
+        (get_schedule("linear_beta"), "epsilon", 1.0),
+        (get_schedule("edm"), "v_prediction", 1.0),
+        (get_schedule("flow", shift=3.0), "flow_prediction", 0.95),
+    ],
+)
+def test_a_pipeline_of_any_schedule_gives_our_samples(
+    tmp_path, schedule, prediction_type, t_max
+):
+    finished = finished_student(
+        schedule=schedule, prediction_type=prediction_type, t_max=t_max
     )
     pipeline = diffusers.DDIMPipeline.from_pretrained(saved(finished, tmp_path))
     kept = unclipped(pipeline)
     their_images(pipeline, batch_size=3, num_inference_steps=1)
-    ours = our_samples(finished, torch_noise(finished, 3))
-    # An epsilon teacher's output is divided by alpha, and so is its rounding.
-    assert len(kept) == 1
-    assert np.abs(ours - kept[0]).max() < 2e-5 * np.abs(ours).max()
+    assert_same_samples(our_samples(finished, torch_noise(finished, 3)), kept)
 
 
-@pytest.mark.parametrize("name", ["DDIMPipeline", "DDPMPipeline", "DiffusionPipeline"])
-def test_stock_pipelines_give_our_images_in_one_step(tmp_path, name):
+def test_stock_pipelines_give_our_images_in_one_step(tmp_path):
     finished = finished_student(sample_shape=(8, 16, 3))
-    pipeline = getattr(diffusers, name).from_pretrained(saved(finished, tmp_path))
-    theirs = their_images(pipeline, batch_size=3, num_inference_steps=1)
-    assert_same_images(our_samples(finished, torch_noise(finished, 3)), theirs)
-    with pytest.raises(ValueError, match="num_inference_steps"):
-        pipeline()  # 50 or 1000 steps, by default
+    ours = our_samples(finished, torch_noise(finished, 3))
+    saved(finished, tmp_path)
+    for name in ("DDIMPipeline", "DDPMPipeline", "DiffusionPipeline"):
+        pipeline = getattr(diffusers, name).from_pretrained(tmp_path)
+        kept = unclipped(pipeline)
+        theirs = their_images(pipeline, batch_size=3, num_inference_steps=1)
+        assert_same_samples(ours, kept)
+        assert np.abs(np.clip(ours / 2 + 0.5, 0, 1) - theirs).max() < 1e-4
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            pipeline()  # 50 or 1000 steps, by default
 
 
 @pytest.mark.parametrize(
@@ -128,8 +167,9 @@ def test_stock_pipelines_give_our_images_in_one_step(tmp_path, name):
 def test_every_kind_of_unet_goes_out(tmp_path, options):
     finished = finished_student(**options)
     pipeline = diffusers.DDIMPipeline.from_pretrained(saved(finished, tmp_path))
-    theirs = their_images(pipeline, batch_size=2, num_inference_steps=1)
-    assert_same_images(our_samples(finished, torch_noise(finished, 2)), theirs)
+    kept = unclipped(pipeline)
+    their_images(pipeline, batch_size=2, num_inference_steps=1)
+    assert_same_samples(our_samples(finished, torch_noise(finished, 2)), kept)
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
@@ -139,8 +179,9 @@ def test_classes_go_out_with_the_one_file_pipeline(tmp_path, guidance_scale):
         saved(finished, tmp_path), trust_remote_code=True
     )
     labels = [3, 0, 0]
+    kept = unclipped(pipeline)
     theirs = their_images(pipeline, class_labels=labels)
-    assert_same_images(our_samples(finished, torch_noise(finished, 3), labels), theirs)
+    assert_same_samples(our_samples(finished, torch_noise(finished, 3), labels), kept)
     assert np.abs(theirs[0] - their_images(pipeline, class_labels=[1])[0]).max() > 0.01
     for wrong, message in ((None, "give class_labels"), ([4], "from 0 to 3")):
         with pytest.raises(ValueError, match=message):
@@ -165,3 +206,70 @@ def test_a_scaled_and_centred_input_has_no_place():
     )
     with pytest.raises(ExportError, match="center_input_sample"):
         stock_model(finished)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": None},
+        {"num_classes": 3, "guidance_scale": 2.0, "mlp_ratio": 2.0},
+        {"sample_shape": (8, 8, 3), "patch_size": 4, "num_classes": 3},
+        {"schedule": get_schedule("flow"), "prediction_type": "flow_prediction"},
+        {"network": "transformer", "num_classes": 3},
+        {"network": "transformer", "num_classes": 3, "time_conditioning": "reused"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_transformers_go_out_with_the_one_file_pipeline(tmp_path, options):
+    finished = finished_student(**{"network": "dit"} | options)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        saved(finished, tmp_path),
+        custom_pipeline=str(tmp_path),
+        trust_remote_code=True,
+    )
+    labels, asked = None, {"batch_size": 2}
+    if finished.num_classes is not None:
+        labels = [2, 0]
+        asked = {"class_labels": labels}
+    kept = unclipped(pipeline)
+    their_images(pipeline, **asked)
+    assert_same_samples(our_samples(finished, torch_noise(finished, 2), labels), kept)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sample_shape": (8, 4, 1)}, "square images only, not 8x4"),
+        ({"mlp_ratio": 6.0}, "mlp_ratio 4, and this one has 6"),
+    ],
+)
+def test_what_diffusers_has_no_transformer_for(options, message):
+    with pytest.raises(ExportError, match=message):
+        stock_model(finished_student("dit", **options))
+
+
+def test_a_latent_transformer_goes_out_in_the_stock_pipeline(tmp_path):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    finished = finished_student(
+        "transformer", sample_shape=(8, 8, 4), num_classes=3, guidance_scale=2.0
+    )
+    folder = tmp_path / "export"
+    folder.mkdir()
+    save_pipeline(folder, stock_model(finished, tmp_path / "vae"), 3)
+    pipeline = diffusers.DiTPipeline.from_pretrained(folder)
+    theirs = their_images(
+        pipeline, class_labels=[2, 0], guidance_scale=1, num_inference_steps=1
+    )
+    ours = our_samples(finished, torch_noise(finished, 2), [2, 0])
+    with torch.no_grad():
+        latents = torch.tensor(ours).permute(0, 3, 1, 2) / 0.7
+        decoded = vae.decode(latents).sample.permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.clip(decoded / 2 + 0.5, 0, 1) - theirs).max() < 1e-4
+    assert theirs.std() > 0.05

@@ -30,7 +30,8 @@ other than 1 is multiplied into the network's first layer.
 """
 
 import dataclasses
-from collections.abc import Collection
+import pathlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -45,6 +46,9 @@ from boot_jax.student import TARGET_TIME
 #: The largest level that leaves a scheduler some noise, eq. (2) of a flow at its end.
 _MOST_ALPHAS_CUMPROD = 1 - 2.0**-20
 _MOST_BETAS = 8
+
+#: Parameters by path.
+Params = dict[tuple[str, ...], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,38 @@ class StockConversion:
     betas: tuple[float, ...]
     input_scale: float
     output_scale: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StockModel:
+    """A student as a model and a scheduler of diffusers.
+
+    Attributes:
+      class_name: of the model, in diffusers.
+      config: its ``config.json``, without what begins with ``_``.
+      tensors: its weights, by name, in PyTorch's layout.
+      conversion: what its scheduler does.
+      stock_pipeline: of diffusers, without a VAE; None if there is none.
+      vae: the folder of a latent model's VAE; None for a pixel model.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    conversion: StockConversion
+    stock_pipeline: str | None = None
+    vae: pathlib.Path | None = None
+
+    @property
+    def pipeline(self) -> str | None:
+        """The stock pipeline that runs it; None for the one-file pipeline."""
+        return self.stock_pipeline if self.vae is None else "DiTPipeline"
+
+    @property
+    def component(self) -> str:
+        """What the pipeline calls the network."""
+        names = {"DDIMPipeline": "unet", "DiTPipeline": "transformer"}
+        return names[self.pipeline] if self.pipeline else "network"
 
 
 def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.ndarray:
@@ -86,7 +122,7 @@ def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.
         return sum(jnp.asarray(term, jnp.float32) for term in heard.values())
 
     # Compiled, so that the rest of the network is never computed.
-    return np.asarray(jax.jit(embedding)(finished.params))[0]
+    return np.asarray(jax.jit(embedding)(finished.params)).reshape(-1)
 
 
 def frozen_time(finished: FinishedStudent) -> float:
@@ -167,3 +203,24 @@ def _product(betas: tuple[float, ...]) -> float:
 
 def _at_t_max(finished: FinishedStudent, function: Any) -> Any:
     return function(jnp.asarray([finished.objective.t_max], jnp.float32))
+
+
+def hold(params: Params, layer: tuple[str, ...], value: np.ndarray) -> None:
+    """Makes a linear layer give one value, whatever it is given."""
+    params[*layer, "kernel"] = np.zeros_like(params[*layer, "kernel"])
+    params[*layer, "bias"] = np.asarray(value, np.float32)
+
+
+def scale_input(params: Params, layer: tuple[str, ...], factor: float) -> None:
+    """Multiplies what a layer is given: its kernel alone."""
+    if factor != 1:
+        path = (*layer, "kernel")
+        params[path] = params[path] * np.float32(factor)
+
+
+def scale_output(params: Params, layer: tuple[str, ...], factor: float) -> None:
+    """Multiplies what a layer gives: its kernel and its bias."""
+    scale_input(params, layer, factor)
+    if factor != 1:
+        path = (*layer, "bias")
+        params[path] = params[path] * np.float32(factor)
