@@ -18,9 +18,11 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "all",
-    ["all", "teacher", "distill", "sample", "evaluate", "export"],
+    ["all", "teacher", "distill", "sample", "evaluate", "export", "inspect"],
     "What to do; all does whatever is missing, and the report.",
 )
+_PATH = flags.DEFINE_string("path", None, "inspect: a teacher, hub id or workdir.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "inspect: noises in a step.")
 _NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
 _SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
 
@@ -35,9 +37,12 @@ def main() -> int:
         rest = flags.FLAGS(sys.argv)  # where overrides of the config are looked for
         if len(rest) > 1:
             raise flags.Error(f"{rest[1]!r} is not a flag; flags begin with --")
-        if _CONFIG.value is None:
+        if _MODE.value == "inspect" and not (_PATH.value or _WORKDIR.value):
+            raise flags.Error("say what to inspect: --path=FOLDER")
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.title  # a file that cannot be read only answers here
+        elif _MODE.value != "inspect":
             raise flags.Error("say which run: --config=configs/digits.py, for example")
-        _ = _CONFIG.value.title  # a file that cannot be read only answers here
     except (AttributeError, KeyError) as error:
         hint = str(error.args[0]).replace('"', "'").splitlines()
         return _refuse("the config has no field " + ". ".join(hint))
@@ -48,12 +53,16 @@ def main() -> int:
             return _refuse(f"the config cannot be read: {_last_line(error)}")
         return _refuse(" ".join(str(error).split()))
     # After the flags, so that a misspelt one is answered at once.
-    from boot_jax import pipeline
+    from boot_jax import inspection, pipeline
 
     logging.set_verbosity(logging.WARNING)
     try:
-        print(pipeline.execute(_MODE.value, _config(), _workdir()))
-    except pipeline.USER_ERRORS as error:
+        if _MODE.value == "inspect":
+            path = _PATH.value or _WORKDIR.value
+            print(inspection.inspect(path, _CONFIG.value, _BATCH.value))
+        else:
+            print(pipeline.execute(_MODE.value, _config(), _workdir()))
+    except (*pipeline.USER_ERRORS, inspection.InspectionError) as error:
         return _refuse(str(error))
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)

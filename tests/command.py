@@ -8,7 +8,7 @@ from unittest import mock
 
 from absl import flags
 
-_OURS = ("config", "workdir", "mode", "num", "seed")
+_OURS = ("config", "workdir", "mode", "num", "seed", "path", "batch_size")
 
 DIGITS = """
 from boot_jax.config import default_config

@@ -20,7 +20,7 @@ FLOORS = {
     2: "conditions teachers student",
     3: "config sharding data batches workdir training",
     4: "sampling evaluation summary export",
-    5: "main pipeline run",
+    5: "main pipeline run inspection",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()
