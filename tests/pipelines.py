@@ -22,6 +22,13 @@ UNET: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+# For what takes a gradient, whose compilation grows with the levels.
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+}
 DIT: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,

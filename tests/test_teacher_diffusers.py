@@ -199,12 +199,14 @@ def test_dit_pipeline_with_guidance_equals_pytorch(tmp_path: pathlib.Path):
 
 
 def test_student_of_a_learned_variance_starts_as_its_teacher(tmp_path: pathlib.Path):
-    pipeline = pipelines.ddpm_pipeline(pipelines.unet(out_channels=6))
+    model = pipelines.unet(**pipelines.ONE_LEVEL, out_channels=6)
+    pipeline = pipelines.ddpm_pipeline(model)
     check_student(load_teacher(saved(pipeline, tmp_path)), {}, {})
 
 
 def test_student_of_a_dit_starts_as_its_teacher(tmp_path: pathlib.Path):
-    pipeline = pipelines.dit_pipeline(pipelines.dit(), pipelines.vae())
+    model = pipelines.dit(num_layers=1)
+    pipeline = pipelines.dit_pipeline(model, pipelines.vae())
     teacher = load_teacher(saved(pipeline, tmp_path))
     label = {"label": jnp.array([0, 5], jnp.int32)}
     told = {"guidance_scale": jnp.array([1.0, 3.0])}
