@@ -58,7 +58,7 @@ def main() -> int:
     logging.set_verbosity(logging.WARNING)
     try:
         if _MODE.value == "inspect":
-            path = _PATH.value or _WORKDIR.value
+            path = _PATH.value or _WORKDIR.value or ""
             print(inspection.inspect(path, _CONFIG.value, _BATCH.value))
         else:
             print(pipeline.execute(_MODE.value, _config(), _workdir()))

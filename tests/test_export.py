@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from command import DIGITS, command, write_config
-from finished_students import finished_student, random_params
+from finished_students import finished_student
+from flax.traverse_util import flatten_dict
 
 from boot_jax import pipeline, sharding
 from boot_jax.config import default_config
@@ -20,14 +21,18 @@ from boot_jax.export.card import Origin, model_card, read_licence
 from boot_jax.export.diffusers import stock_model
 from boot_jax.export.finished import ExportError
 from boot_jax.run import Run
-from boot_jax.teachers import checkpoint as teacher_checkpoint
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+diffusers.logging.set_verbosity_error()
+diffusers.logging.disable_progress_bar()
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = DIGITS.replace(
     "    return config\n",
     """
     config.data.name = ""
-    config.teacher.source = "checkpoint"
+    config.teacher.source = "diffusers"
     config.objective.kind = "boot"
     config.objective.solver = "ddim"
     config.distill.update(
@@ -37,29 +42,24 @@ RUN = DIGITS.replace(
     return config
 """,
 )
-SMALL = {
-    "block_out_channels": [8],
-    "down_block_types": ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 LICENSED = "---\ntags:\n- x\nlicense: cc-by-4.0\n---\n# The teacher\n"
 
 
-def save_random_teacher(folder):
-    description = teacher_checkpoint.describe(
-        network="unet",
-        network_options=SMALL,
-        schedule="cosine",
-        schedule_options={},
-        prediction_type="v_prediction",
-        sample_shape=(8, 8, 1),
-        num_classes=None,
+def save_imported_teacher(folder):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
     )
-    shapes = teacher_checkpoint.from_description(description).params
-    teacher_checkpoint.save_teacher(folder, description, random_params(shapes))
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(folder)
     (folder / "README.md").write_text(LICENSED)
 
 
@@ -67,7 +67,7 @@ def save_random_teacher(folder):
 def exported(tmp_path_factory):
     """Flags and workdir of a small UNet after distillation and export."""
     folder = tmp_path_factory.mktemp("unet")
-    save_random_teacher(folder / "teacher")
+    save_imported_teacher(folder / "teacher")
     flags = (
         write_config(folder, RUN),
         f"--workdir={folder / 'run'}",
@@ -78,12 +78,18 @@ def exported(tmp_path_factory):
     return flags, folder / "run"
 
 
-def our_images(workdir, noise):
-    """Of our own sampler, from the checkpoint."""
+def run_of(workdir):
+    """The run of a workdir, on one device."""
     config = default_config()
     config.update(json.loads((workdir / "config.json").read_text()))
-    run = Run(config, workdir, sharding.create_mesh())
-    return np.asarray(pipeline.trained_pair(run).student()(noise, None))
+    return Run(config, workdir, sharding.create_mesh())
+
+
+def our_images(workdir, noise, condition=None):
+    """Of our own sampler, from the checkpoint."""
+    return np.asarray(
+        pipeline.trained_pair(run_of(workdir)).student()(noise, condition)
+    )
 
 
 def test_the_folder_is_whole(exported, capsys):
@@ -104,14 +110,12 @@ def test_the_folder_is_whole(exported, capsys):
 
 
 def test_pytorch_gives_the_image_of_our_sampler(exported):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
     workdir = exported[1]
     noise = torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(5))
     ours = our_images(workdir, noise.permute(0, 2, 3, 1).numpy())
     for name in ("DDPMPipeline", "DDIMPipeline"):
-        pipeline = getattr(diffusers, name).from_pretrained(workdir / "export")
-        theirs = pipeline(
+        theirs = getattr(diffusers, name).from_pretrained(workdir / "export")
+        theirs = theirs(
             batch_size=3,
             generator=torch.Generator().manual_seed(5),
             num_inference_steps=1,
@@ -120,6 +124,59 @@ def test_pytorch_gives_the_image_of_our_sampler(exported):
         shown = np.clip(ours / 2 + 0.5, 0, 1)
         assert np.mean((shown > 0) & (shown < 1)) > 0.5
         assert np.abs(shown - theirs).max() < 1e-4
+
+
+def test_a_latent_teacher_comes_in_and_its_student_goes_out(tmp_path):
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        num_layers=1,
+        out_channels=8,  # with a learned variance
+        sample_size=8,
+        patch_size=4,
+        num_embeds_ada_norm=3,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        clip_sample=False, prediction_type="v_prediction"
+    )
+    diffusers.DiTPipeline(transformer, vae, scheduler).save_pretrained(
+        tmp_path / "teacher"
+    )
+    flags = (
+        write_config(tmp_path, RUN),
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.teacher.path={tmp_path / 'teacher'}",
+        "--config.teacher.guidance_scale=3.0",
+    )
+    for mode in ("distill", "export"):
+        assert command(*flags, f"--mode={mode}") == 0
+    student = diffusers.DiTPipeline.from_pretrained(tmp_path / "run/export")
+    theirs = student(
+        class_labels=[2, 0],
+        guidance_scale=1,
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=1,
+        output_type="np",
+    ).images
+    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    condition = {"label": np.asarray([2, 0], np.int32)}
+    noise = noise.permute(0, 2, 3, 1).numpy()
+    latents = our_images(tmp_path / "run", noise, condition)
+    decoder = run_of(tmp_path / "run").teacher.decoder
+    assert decoder is not None
+    ours = np.asarray(decoder.decode(decoder.params, latents)) / 2 + 0.5
+    assert ours.std() > 0.01
+    assert np.abs(ours - theirs).max() < 1e-3
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert "class_labels=[0], guidance_scale=1, num_inference_steps=1" in card
+    assert "| latent | 8 x 8 x 4 |" in card and "VAE to decode" in card
 
 
 def test_the_artefact_gives_the_bits_of_our_sampler(exported):
@@ -132,15 +189,16 @@ def test_the_artefact_gives_the_bits_of_our_sampler(exported):
 
 
 def test_the_weights_are_the_moving_average(exported):
+    workdir = exported[1]
     tensors = safetensors.numpy.load_file(
-        str(exported[1] / "export/jax/ema_params.safetensors")
+        str(workdir / "export/jax/ema_params.safetensors")
     )
-    teacher = safetensors.numpy.load_file(
-        str(exported[1].parent / "teacher/model.safetensors")
-    )
-    added = {name for name in tensors if name.startswith("added_embeddings/")}
-    assert added and tensors.keys() - added == teacher.keys()
-    assert any(np.any(tensors[name] != teacher[name]) for name in teacher)
+    pair = pipeline.trained_pair(run_of(workdir))
+    expected = flatten_dict(jax.device_get(pair.params), sep="/")
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[name], expected[name]) for name in tensors)
+    # It has been trained, away from the zeros that it starts with.
+    assert np.any(tensors["added_embeddings/target_time/linear_2/kernel"])
 
 
 def test_the_card_is_true(exported):
@@ -153,7 +211,6 @@ def test_the_card_is_true(exported):
 
 
 def test_the_cards_programs_run(exported):
-    pytest.importorskip("diffusers")
     export = exported[1] / "export"
     programs = re.findall(
         r"```python\n(.*?)```", (export / "README.md").read_text(), re.S

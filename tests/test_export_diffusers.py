@@ -153,7 +153,7 @@ def test_stock_pipelines_give_our_images_in_one_step(tmp_path):
         {"time_embedding_type": "fourier"},
         {"time_embedding_type": "fourier", "time_conditioning": "reused"},
         {"time_embedding_type": "learned", "num_train_timesteps": 1001},
-        {"time_conditioning": "reused"},
+        {"time_conditioning": "reused", "out_channels": 2},  # a learned variance
         {"center_input_sample": True, "act_fn": "gelu"},
         {
             "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
@@ -211,14 +211,19 @@ def test_a_scaled_and_centred_input_has_no_place():
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_classes": None},
+        {},
         {"num_classes": 3, "guidance_scale": 2.0, "mlp_ratio": 2.0},
-        {"sample_shape": (8, 8, 3), "patch_size": 4, "num_classes": 3},
-        {"schedule": get_schedule("flow"), "prediction_type": "flow_prediction"},
-        {"network": "transformer", "num_classes": 3},
+        {
+            "sample_shape": (8, 8, 3),
+            "patch_size": 4,
+            "num_classes": 3,
+            "schedule": get_schedule("flow"),
+            "prediction_type": "flow_prediction",
+        },
+        {"network": "transformer", "num_classes": 3, "out_channels": 2},
         {"network": "transformer", "num_classes": 3, "time_conditioning": "reused"},
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    ids=str,
 )
 def test_transformers_go_out_with_the_one_file_pipeline(tmp_path, options):
     finished = finished_student(**{"network": "dit"} | options)

@@ -11,6 +11,7 @@ import jax
 from boot_jax.evaluation.report import summary_table
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.export.folding import StockModel
+from boot_jax.teachers.folder import locate
 
 #: Front-matter fields that say under which terms a model may be used.
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -38,14 +39,15 @@ def origin_of(config: Any, workdir: pathlib.Path, fingerprint: str) -> Origin:
     teacher = config.teacher
     if teacher.source == "mixture":
         return Origin("an exact Gaussian mixture", fingerprint)
-    folder, description = pathlib.Path(teacher.path), f"`{teacher.path}`"
     if teacher.source == "train":
-        folder = workdir / "teacher"
         description = f"a {config.network.name} trained on `{config.data.name}`"
-    vae = folder / "vae"
-    return Origin(
-        description, fingerprint, read_licence(folder), vae if vae.is_dir() else None
-    )
+        return Origin(description, fingerprint, read_licence(workdir / "teacher"))
+    description, folder, vae = f"`{teacher.path}`", pathlib.Path(teacher.path), None
+    if teacher.source == "diffusers":
+        folder = locate(teacher.path, teacher.revision)
+        vae = folder / "vae" if (folder / "vae").is_dir() else None
+        description += f" at revision {teacher.revision}" if teacher.revision else ""
+    return Origin(description, fingerprint, read_licence(folder), vae)
 
 
 def read_licence(folder: pathlib.Path) -> dict[str, str]:
@@ -104,7 +106,7 @@ def _front_matter(origin: Origin, stock: StockModel | None) -> str:
 def _facts(finished: FinishedStudent, config: Any) -> str:
     objective, teacher = finished.objective, config.teacher
     count = sum(leaf.size for leaf in jax.tree.leaves(finished.params))
-    height, width, channels = finished.sample_shape
+    (height, width, channels), decoder = finished.sample_shape, finished.teacher.decoder
     schedule = type(finished.teacher.schedule).__name__
     guidance = f"{teacher.guidance_scale:g}"
     if finished.guidance_scale is not None:
@@ -113,7 +115,7 @@ def _facts(finished: FinishedStudent, config: Any) -> str:
             f"{finished.guidance_scale:g} (it was trained on {low:g} to {high:g})"
         )
     rows = {
-        "image": f"{height} x {width} x {channels}, values in [-1, 1]",
+        "image" if decoder is None else "latent": f"{height} x {width} x {channels}",
         "classes": finished.num_classes or "none",
         "network": f"{type(finished.network).__name__}, {count:,} parameters",
         "teacher's schedule and prediction": f"{schedule}, "
@@ -167,7 +169,9 @@ Guidance is inside the network; there is nothing to switch on."""
 
 def _use_artifact(finished: FinishedStudent) -> str:
     height, width, channels = finished.sample_shape
-    label = ""
+    label, made, what = "", "images", "They have values in [-1, 1], in NHWC."
+    if finished.teacher.decoder is not None:
+        made, what = "latents", "They are for the teacher's VAE to decode, in NHWC."
     if finished.num_classes is not None:
         label = ", np.zeros(8, np.int32)"
     return f"""With jax alone, on CPU, CUDA or TPU, for any batch size:
@@ -179,10 +183,10 @@ import numpy as np
 with open("FOLDER/jax/student.jax_export", "rb") as file:
     student = jax.export.deserialize(bytearray(file.read()))
 noise = np.random.standard_normal((8, {height}, {width}, {channels})).astype(np.float32)
-images = student.call(noise{label})  # in [-1, 1]
+{made} = student.call(noise{label})
 ```
 
-It needs the package `flatbuffers`."""
+{what} It needs the package `flatbuffers`."""
 
 
 def _figures(results: Mapping[str, Any] | None) -> str:

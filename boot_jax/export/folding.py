@@ -38,6 +38,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.prediction import to_x_0
@@ -98,6 +99,11 @@ class StockModel:
         """What the pipeline calls the network."""
         names = {"DDIMPipeline": "unet", "DiTPipeline": "transformer"}
         return names[self.pipeline] if self.pipeline else "network"
+
+
+def flat(params: Any) -> Params:
+    """Parameters by path, from a tree of them."""
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
 
 
 def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.ndarray:
@@ -224,3 +230,17 @@ def scale_output(params: Params, layer: tuple[str, ...], factor: float) -> None:
     if factor != 1:
         path = (*layer, "bias")
         params[path] = params[path] * np.float32(factor)
+
+
+def keep_channels(
+    params: Params, layer: tuple[str, ...], kept: int, given: int
+) -> None:
+    """Cuts a layer's output of ``given`` channels a pixel to the first ones.
+
+    What follows them is a learned variance, which one step to clean data has no use
+    for, and which not every scheduler would set aside.
+    """
+    for leaf in ("kernel", "bias"):
+        array = params[*layer, leaf]
+        pixels = array.reshape(*array.shape[:-1], -1, given)[..., :kept]
+        params[*layer, leaf] = pixels.reshape(*array.shape[:-1], -1)

@@ -16,15 +16,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folding import (
     Params,
     StockModel,
     constant_embedding,
+    flat,
     frozen_time,
     hold,
+    keep_channels,
     scale_input,
     scale_output,
     stock_conversion,
@@ -45,7 +47,7 @@ _WAVES = 256  # features of a time, in diffusers' blocks
 
 def convert_transformer(finished: FinishedStudent) -> StockModel:
     """Folds a student of an imported transformer: only its constants."""
-    network, params = finished.network, flatten_dict(finished.params)
+    network, params = finished.network, flat(finished.params)
     assert isinstance(network, Transformer)
     added = constant_embedding(finished, ("added_embeddings",))
     waves = layers.timestep_embedding(
@@ -62,8 +64,10 @@ def convert_transformer(finished: FinishedStudent) -> StockModel:
         time = np.asarray(embed.apply({"params": own}, waves))[0]
         hold(params, (block, *_EMBEDDER, "linear_2"), time + added)
     config = {name: getattr(network, name) for name in _THEIRS}
-    # The stock pipeline reads this field, which may be None for the network.
-    config["out_channels"] = network.out_channels or network.in_channels
+    channels = network.in_channels
+    config["out_channels"] = channels  # not None: the stock pipeline reads it
+    given = network.out_channels or channels
+    keep_channels(params, ("proj_out_2",), channels, given)
     return _stock(finished, config, params)
 
 
@@ -101,7 +105,7 @@ def convert_dit(finished: FinishedStudent) -> StockModel:
         "norm_eps": 1e-6,
     }
     embedding = constant_embedding(finished, ("time_linear_2", "added_embeddings"))
-    ours = flatten_dict(finished.params)
+    ours = flat(finished.params)
     labels = ours.get(("label_embedding", "embedding"), np.zeros((2, dim), np.float32))
     params = _ends(ours, network.patch_size, dim)
     for index, block in enumerate(_blocks(network.num_layers)):

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folding import (
     StockModel,
     constant_embedding,
+    flat,
     frozen_time,
     hold,
+    keep_channels,
     scale_input,
     scale_output,
     stock_conversion,
@@ -25,7 +27,7 @@ def convert_unet(finished: FinishedStudent) -> StockModel:
     Raises:
       ExportError: its input is centred after a scale that is not 1.
     """
-    network, params = finished.network, flatten_dict(finished.params)
+    network, params = finished.network, flat(finished.params)
     assert isinstance(network, UNet)
     fourier = network.time_embedding_type == "fourier"
     # A Fourier network takes the logarithm of its time and divides by it: step 0 of a
@@ -41,6 +43,9 @@ def convert_unet(finished: FinishedStudent) -> StockModel:
         )
     embedding = constant_embedding(finished, ("time_embedding", "added_embeddings"))
     hold(params, ("time_embedding", "linear_2"), embedding)
+    keep_channels(
+        params, ("conv_out",), finished.sample_shape[-1], network.out_channels
+    )
     scale_input(params, ("conv_in",), conversion.input_scale)
     scale_output(params, ("conv_out",), output_scale)
     return StockModel(
@@ -56,6 +61,7 @@ def _unet_config(network: UNet, sample_shape: tuple[int, int, int]) -> dict[str,
     """The fields of a UNet that are diffusers' own."""
     names = [field.name for field in dataclasses.fields(UNet)]
     theirs = names[: names.index("num_train_timesteps") + 1]
-    height, width, _ = sample_shape
+    height, width, channels = sample_shape
     size = height if height == width else [height, width]
-    return {name: getattr(network, name) for name in theirs} | {"sample_size": size}
+    sizes = {"sample_size": size, "out_channels": channels}
+    return {name: getattr(network, name) for name in theirs} | sizes
