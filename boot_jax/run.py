@@ -216,8 +216,8 @@ def _imported(run: Run) -> Teacher:
     _check_images(run, teacher)
     if teacher.decoder is not None and run.dataset is not None:
         raise config_lib.ConfigError(
-            "this teacher works on latents, which are not yet scored against real "
-            'images; set data.name=""'
+            "this teacher's samples are decoded to images, which are not yet scored "
+            'against real ones; set data.name=""'
         )
     return teacher
 

@@ -103,6 +103,11 @@ def model() -> Any:
     return pipelines.unet()
 
 
+@pytest.fixture(scope="module")
+def small_model() -> Any:
+    return pipelines.unet(**pipelines.ONE_LEVEL)
+
+
 def sample(teacher: Teacher, denoise: Any, x: Any, condition: Any = None) -> np.ndarray:
     """Images of our DDIM in [0, 1], 20 steps of the folder's spacing."""
     assert teacher.sampler_steps is not None
@@ -121,10 +126,10 @@ def noise(shape: tuple[int, ...]) -> jax.Array:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_ddim_equals_pytorch(
-    model: Any, prediction_type: str, spacing: str, tmp_path: pathlib.Path
+    small_model: Any, prediction_type: str, spacing: str, tmp_path: pathlib.Path
 ):
     scheduler = {"prediction_type": prediction_type, "timestep_spacing": spacing}
-    check_ddim(model, pipelines.MILD | scheduler, tmp_path)
+    check_ddim(small_model, pipelines.MILD | scheduler, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +154,9 @@ def test_ddim_equals_pytorch(
     ids=["clip", "clip range", "dynamic", "to step 0", "zero SNR", "uneven"],
 )
 def test_ddim_of_other_schedulers_equals_pytorch(
-    model: Any, scheduler: dict[str, Any], tmp_path: pathlib.Path
+    small_model: Any, scheduler: dict[str, Any], tmp_path: pathlib.Path
 ):
-    check_ddim(model, pipelines.MILD | scheduler, tmp_path)
+    check_ddim(small_model, pipelines.MILD | scheduler, tmp_path)
 
 
 def check_ddim(model: Any, scheduler: dict[str, Any], folder: pathlib.Path) -> None:

@@ -292,7 +292,7 @@ def test_latents_are_not_scored_against_images(tmp_path: pathlib.Path, capsys: A
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "a.png")
     images = ("--config.data.name=folder", f"--config.data.path={tmp_path}/images")
     code = run(tmp_path / "dit", tmp_path, *images, "--mode=teacher")
-    assert "not yet scored against real images" in refused(capsys, code)
+    assert "not yet scored against real ones" in refused(capsys, code)
 
 
 def test_a_damaged_autoencoder_is_refused(tmp_path: pathlib.Path, capsys: Any):

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from boot_jax.prediction import Thresholding
 from boot_jax.teachers.base import TeacherError
-from boot_jax.teachers.scheduler import SUPPORTED, Spacing, read_scheduler
+from boot_jax.teachers.scheduler import DISCRETE, Spacing, read_scheduler
 
 diffusers = importlib.import_module("diffusers")
 
@@ -27,6 +27,7 @@ def test_times_are_those_of_ddim(spacing: str, steps: int):
     scheduler = DDIMScheduler(num_train_timesteps=1000, **options)
     scheduler.set_timesteps(steps)
     spaced = read_scheduler(config_of("DDIMScheduler", **options)).spacing
+    assert spaced is not None
     t, s = spaced(steps)
     asked = scheduler.timesteps.numpy()
     np.testing.assert_allclose(t * 1000 - 1, asked, atol=1e-3)
@@ -48,7 +49,7 @@ def test_as_many_steps_as_were_trained_at_most():
         Spacing(10)(11)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_levels_are_those_of_each_scheduler(name: str):
     options = {"beta_schedule": "scaled_linear", "num_train_timesteps": 50}
     config = config_of(name, **options)
@@ -108,9 +109,10 @@ def test_dynamic_thresholding_is_that_of_pytorch():
 
 
 def test_a_config_that_says_little_has_the_defaults_of_its_class():
-    assert read_scheduler({"_class_name": "DDPMScheduler"}).spacing.kind == "leading"
+    ddpm = read_scheduler({"_class_name": "DDPMScheduler"})
+    assert ddpm.spacing == Spacing(1000, "leading")
     euler = read_scheduler({"_class_name": "EulerDiscreteScheduler"})
-    assert euler.spacing.kind == "linspace"
+    assert euler.spacing == Spacing(1000, "linspace")
     assert euler.prediction_type == "epsilon"
     old = {"_class_name": "DDPMScheduler", "predict_epsilon": False}
     assert read_scheduler(old).prediction_type == "sample"

@@ -58,6 +58,10 @@ def load_teacher(
     decoder = None
     if autoencoder_part is not None:
         decoder = _decoder(autoencoder_part, sample_shape)
+    elif scheduler.to_image is not None:
+        decoder = Decoder(
+            decode=scheduler.to_image, params=None, image_shape=sample_shape
+        )
     return Teacher(
         denoise=network_denoiser(
             network, scheduler.schedule, scheduler.prediction_type

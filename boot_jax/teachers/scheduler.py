@@ -2,18 +2,21 @@
 
 A scheduler is a solver over a forward process; here only the process counts, and how
 its sampler treats the network's output. So most schedulers say the same thing, and the
-teacher is sampled by ours.
+teacher is sampled by ours. Those over continuous noise are read in
+`boot_jax.teachers.continuous`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
+from jax import Array
 
 from boot_jax.prediction import Thresholding
 from boot_jax.schedules import NoiseSchedule, from_diffusers
 from boot_jax.teachers.base import TeacherError
+from boot_jax.teachers.continuous import CONTINUOUS
 
 #: Those that clip ``x_0`` unless told not to, and space their steps by ``leading``.
 CLIPPING = (
@@ -23,7 +26,7 @@ CLIPPING = (
     "DDPMParallelScheduler",
 )
 #: Every scheduler over discrete betas whose network can be followed by an ODE.
-SUPPORTED = (
+DISCRETE = (
     *CLIPPING,
     "PNDMScheduler",
     "DEISMultistepScheduler",
@@ -34,6 +37,7 @@ SUPPORTED = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+SUPPORTED = (*DISCRETE, *CONTINUOUS)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -94,12 +98,17 @@ class Spacing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """What `read_scheduler` finds; see `boot_jax.teachers.base.Teacher`."""
+    """What `read_scheduler` finds; see `boot_jax.teachers.base.Teacher`.
+
+    ``to_image`` is that of a `boot_jax.teachers.base.Decoder` without parameters, where
+    samples are not images.
+    """
 
     schedule: NoiseSchedule
     prediction_type: str
     thresholding: Thresholding
-    spacing: Spacing
+    spacing: Spacing | None = None
+    to_image: Callable[[Any, Array], Array] | None = None
 
 
 def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
@@ -112,9 +121,24 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     name = config.get("_class_name")
     if name not in SUPPORTED:
         raise TeacherError(
-            f"the scheduler {name} has no ODE over discrete betas that a student could "
-            f"follow; supported are {', '.join(SUPPORTED)}"
+            f"the scheduler {name} has no ODE that a student could follow, or not one "
+            f"that is known here; supported are {', '.join(SUPPORTED)}"
         )
+    try:
+        if name in CONTINUOUS:
+            schedule, prediction_type, to_image = CONTINUOUS[name](config)
+            return Scheduler(
+                schedule=schedule,
+                prediction_type=prediction_type,
+                thresholding=Thresholding(),
+                to_image=to_image,
+            )
+        return _discrete(name, config)
+    except (TypeError, ZeroDivisionError) as error:
+        raise TeacherError(f"the config of {name} cannot be used: {error}") from error
+
+
+def _discrete(name: str, config: Mapping[str, Any]) -> Scheduler:
     for field, wanted in _ELSEWHERE.items():
         if config.get(field, wanted) != wanted:
             _refuse(name, field, config[field], [wanted])
