@@ -126,6 +126,7 @@ def test_pytorch_gives_the_image_of_our_sampler(exported):
         assert np.abs(shown - theirs).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_latent_teacher_comes_in_and_its_student_goes_out(tmp_path):
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
@@ -210,6 +211,7 @@ def test_the_card_is_true(exported):
     assert "from diffusers import DDIMPipeline" in card
 
 
+@pytest.mark.slow
 def test_the_cards_programs_run(exported):
     export = exported[1] / "export"
     programs = re.findall(

@@ -96,6 +96,7 @@ def test_costs_follow_parameters_and_batch(tmp_path):
     assert small.flops > 2 * 4 * 2 * count
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_keeps_less(tmp_path):
     save_teacher(tmp_path, network_options=DIT | {"num_layers": 3})
     config = default_config()

@@ -82,6 +82,7 @@ def model_card(
         "## Use",
         _use_diffusers(finished, stock, why_no_stock),
         _use_artifact(finished),
+        _rounding(config),
         "The parameters alone (moving average) are in `jax/ema_params.safetensors`, "
         "under the names of boot_jax's network; `jax/config.json` is the run's config.",
         "## What it is worth",
@@ -93,7 +94,7 @@ def model_card(
         "## Licence",
         _licence(origin),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
 def _front_matter(origin: Origin, stock: StockModel | None) -> str:
@@ -124,7 +125,7 @@ def _facts(finished: FinishedStudent, config: Any) -> str:
         "objective": f"{objective.kind}, from t = {objective.t_max:g} to "
         f"{objective.t_min:g}",
         "training": f"{config.distill.num_steps:,} steps of "
-        f"{config.distill.batch_size} noises at most, seed {config.seed}",
+        f"{config.distill.batch_size} noises, seed {config.seed}",
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -162,9 +163,7 @@ pipeline = DiffusionPipeline.from_pretrained(
     "FOLDER", custom_pipeline="FOLDER", trust_remote_code=True
 )
 images = pipeline({call}).images
-```
-
-Guidance is inside the network; there is nothing to switch on."""
+```"""
 
 
 def _use_artifact(finished: FinishedStudent) -> str:
@@ -187,6 +186,16 @@ noise = np.random.standard_normal((8, {height}, {width}, {channels})).astype(np.
 ```
 
 {what} It needs the package `flatbuffers`."""
+
+
+def _rounding(config: Any) -> str:
+    dtype = config.network.dtype
+    if dtype == "float32":
+        return ""
+    return (
+        f"The one file computes in {dtype}, as boot_jax does, and PyTorch in float32: "
+        f"their images agree as far as {dtype} goes."
+    )
 
 
 def _figures(results: Mapping[str, Any] | None) -> str:
