@@ -1,15 +1,19 @@
 """Exports in PyTorch diffusers, unmodified: the same noise gives the same image."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from finished_students import finished_student
 
+from boot_jax.export.artifact import serialize
 from boot_jax.export.diffusers import save_pipeline, scheduler_config, stock_model
 from boot_jax.export.finished import ExportError
 from boot_jax.export.folding import stock_conversion
 from boot_jax.schedules import get_schedule
+from boot_jax.teachers.base import Decoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -78,6 +82,8 @@ def assert_same_samples(ours, kept):
         (("flow", {}), "flow_prediction", 1.0),
         (("flow", {"shift": 3.0}), "flow_prediction", 0.95),
         (("flow", {}), "epsilon", 0.9),
+        (("edm", {}), "edm_prediction", 1.0),
+        (("edm", {"sigma_max": 1348.0}), "score", 1.0),
     ],
 )
 @pytest.mark.parametrize("num_steps", [1, 2])
@@ -96,7 +102,10 @@ def test_the_conversion_is_one_step_of_a_stock_scheduler(
     assert num_steps - 1 <= time < 8
     eps, output = np.random.default_rng(0).standard_normal((2, 64), np.float32)
     theirs = scheduler.step(
-        torch.tensor(output * np.float32(conversion.output_scale)),
+        torch.tensor(
+            output * np.float32(conversion.output_scale)
+            + np.float32(conversion.output_offset)
+        ),
         time,
         torch.tensor(eps),
     ).prev_sample
@@ -109,7 +118,16 @@ def test_the_conversion_is_one_step_of_a_stock_scheduler(
         "v_prediction": lambda: (alpha * eps - sigma * output) / np.hypot(alpha, sigma),
         "sample": lambda: output,
         "flow_prediction": lambda: (x_t - sigma * output) / (alpha + sigma),
+        "score": lambda: (x_t + sigma**2 * output) / alpha,
+        "edm_prediction": lambda: (
+            (alpha * eps + sigma * output) / np.hypot(alpha, sigma)
+        ),
     }[prediction_type]()
+    # A type that DDIM knows stays what it is, and so do the weights.
+    if prediction_type in ("epsilon", "v_prediction", "sample"):
+        assert conversion.prediction_type == prediction_type
+        assert conversion.output_scale == 1
+    assert conversion.output_offset == 0
     assert np.abs(theirs.numpy() - ours).max() < 4e-6 * np.abs(ours).max()
 
 
@@ -280,3 +298,38 @@ def test_a_latent_transformer_goes_out_in_the_stock_pipeline(tmp_path):
         decoded = vae.decode(latents).sample.permute(0, 2, 3, 1).numpy()
     assert np.abs(np.clip(decoded / 2 + 0.5, 0, 1) - theirs).max() < 5e-4
     assert theirs.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "prediction_type, scale, shift, time_embedding_type",
+    [
+        ("edm_prediction", 0.5, 0.0, "positional"),  # Karras et al.
+        ("score", 2.0, -1.0, "fourier"),  # NCSN++, whose pixels are in [0, 1]
+        ("sample", 2.0, -1.0, "positional"),
+    ],
+)
+def test_an_affine_decoder_is_folded_in(
+    tmp_path, prediction_type, scale, shift, time_embedding_type
+):
+    finished = finished_student(
+        schedule=get_schedule("edm", sigma_max=20.0),
+        prediction_type=prediction_type,
+        time_embedding_type=time_embedding_type,
+    )
+    decoder = Decoder(
+        decode=lambda params, x: jnp.clip(scale * x + shift, -1, 1),
+        params=None,
+        image_shape=finished.sample_shape,
+    )
+    teacher = dataclasses.replace(finished.teacher, decoder=decoder)
+    finished = dataclasses.replace(finished, teacher=teacher)
+    pipeline = diffusers.DDIMPipeline.from_pretrained(saved(finished, tmp_path))
+    kept = unclipped(pipeline)
+    their_images(pipeline, batch_size=2, num_inference_steps=1)
+    samples = our_samples(finished, torch_noise(finished, 2))
+    assert_same_samples(scale * samples + shift, kept)
+    pytest.importorskip("flatbuffers")
+    artifact = jax.export.deserialize(bytearray(serialize(finished)))
+    images = np.clip(scale * samples + shift, -1, 1)
+    ours = np.asarray(artifact.call(torch_noise(finished, 2)))
+    assert np.abs(ours - images).max() < 1e-5

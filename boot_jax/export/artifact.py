@@ -27,8 +27,13 @@ def serialize(finished: FinishedStudent, platforms: Sequence[str] = PLATFORMS) -
       ExportError: the package flatbuffers is missing.
     """
 
+    decoder = finished.teacher.decoder
+
     def call(eps: Array, label: Array | None = None) -> Array:
-        return finished(jax.lax.optimization_barrier(finished.params), eps, label)
+        samples = finished(jax.lax.optimization_barrier(finished.params), eps, label)
+        if decoder is None or finished.is_latent:
+            return samples  # images, or latents for a network of its own
+        return decoder.decode(None, samples)
 
     (batch,) = jax.export.symbolic_shape("batch")
     inputs = [jax.ShapeDtypeStruct((batch, *finished.sample_shape), jnp.float32)]

@@ -107,7 +107,7 @@ def _front_matter(origin: Origin, stock: StockModel | None) -> str:
 def _facts(finished: FinishedStudent, config: Any) -> str:
     objective, teacher = finished.objective, config.teacher
     count = sum(leaf.size for leaf in jax.tree.leaves(finished.params))
-    (height, width, channels), decoder = finished.sample_shape, finished.teacher.decoder
+    height, width, channels = finished.sample_shape
     schedule = type(finished.teacher.schedule).__name__
     guidance = f"{teacher.guidance_scale:g}"
     if finished.guidance_scale is not None:
@@ -116,7 +116,7 @@ def _facts(finished: FinishedStudent, config: Any) -> str:
             f"{finished.guidance_scale:g} (it was trained on {low:g} to {high:g})"
         )
     rows = {
-        "image" if decoder is None else "latent": f"{height} x {width} x {channels}",
+        "latent" if finished.is_latent else "image": f"{height} x {width} x {channels}",
         "classes": finished.num_classes or "none",
         "network": f"{type(finished.network).__name__}, {count:,} parameters",
         "teacher's schedule and prediction": f"{schedule}, "
@@ -169,7 +169,7 @@ images = pipeline({call}).images
 def _use_artifact(finished: FinishedStudent) -> str:
     height, width, channels = finished.sample_shape
     label, made, what = "", "images", "They have values in [-1, 1], in NHWC."
-    if finished.teacher.decoder is not None:
+    if finished.is_latent:
         made, what = "latents", "They are for the teacher's VAE to decode, in NHWC."
     if finished.num_classes is not None:
         label = ", np.zeros(8, np.int32)"

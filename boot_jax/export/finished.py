@@ -50,6 +50,12 @@ class FinishedStudent:
         """Number of labels; None if it takes none."""
         return self.teacher.num_classes
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether its samples are for another network to decode."""
+        decoder = self.teacher.decoder
+        return decoder is not None and decoder.params is not None
+
     def __call__(self, params: Any, eps: Array, label: Array | None = None) -> Array:
         """The image ``y_theta(eps, t_min)`` of each noise.
 

@@ -12,21 +12,24 @@ added after it, and stays what it is.
 **Conversion.** With ``n = sqrt(alpha^2 + sigma^2)`` at ``t_max``, the network is given
 ``m eps`` (``m`` is ``n`` times the schedule's input scale) and its output becomes
 
-    y = A eps - B output.                                                       (2)
+    y = A eps - B output + C.                                                   (2)
 
-One step of a stock scheduler from a level ``a^2 = alphas_cumprod``, ``s^2 = 1 - a^2``
-to clean data, its noise being ``eps`` itself, is (2) with
+(``C`` is 0 unless the teacher's samples are mapped to images by an affine decoder, such
+as that of pixels in [0, 1].) One step of a stock scheduler from a level
+``a^2 = alphas_cumprod``, ``s^2 = 1 - a^2`` to clean data, its noise being ``eps``
+itself, is (2) with
 
-    epsilon        A = 1 / a    B = s / a
-    v_prediction   A = a        B = s
-    sample         A = 0        B = -1
+    epsilon        A = 1 / a > 1    B = s / a    C = 0
+    v_prediction   A = a <= 1       B = s        C = 0
+    sample         A = 0            B = -1       C = 0
 
-For epsilon and v the level ``a = alpha / n`` gives both ``A`` and ``B``, for variance
-preserving and exploding schedules alike. A flow has ``A = n / (alpha + sigma) <= 1``
-and ``B = sigma / (alpha + sigma)``: that is v at the level ``a = A`` when the network's
-last layer is multiplied by ``B / s``. At ``t_max = 1`` of a flow ``s`` would be 0;
-``a^2`` is then ``1 - 2^-20``, which is ``A`` to half a millionth. An input scale ``m``
-other than 1 is multiplied into the network's first layer.
+So ``A`` decides on the kind and the level. For teachers of these kinds that is their
+own kind, at ``a = alpha / n``, and gives ``B`` too, for variance preserving and
+exploding schedules alike. For others (a flow, a score, Karras' network) the last layer
+is multiplied by what ``B`` lacks, and its bias moved by what makes ``C``. At
+``t_max = 1`` of a flow, where ``A = 1``, ``s`` would be 0; ``a^2`` is then
+``1 - 2^-20``, which is ``A`` to half a millionth. An input scale ``m`` other than 1 is
+multiplied into the network's first layer.
 """
 
 import dataclasses
@@ -60,13 +63,15 @@ class StockConversion:
       prediction_type: one that diffusers' DDIM knows.
       betas: of all its training steps; one step goes from the last of them to data.
       input_scale: multiplies the network's first layer.
-      output_scale: multiplies the network's last layer.
+      output_scale: multiplies the network's output,
+      output_offset: and is added to it then.
     """
 
     prediction_type: str
     betas: tuple[float, ...]
     input_scale: float
     output_scale: float
+    output_offset: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,35 +151,50 @@ def stock_conversion(finished: FinishedStudent, num_steps: int = 1) -> StockConv
       finished: the student.
       num_steps: the fewest training steps that the scheduler is to have.
     """
-    schedule, kind = finished.teacher.schedule, finished.student.prediction_type
-    alpha, sigma, n, scale = (
-        _at_t_max(finished, function)
-        for function in (
-            schedule.alpha,
-            schedule.sigma,
-            schedule.prior_scale,
-            schedule.input_scale,
-        )
-    )
-    # Asked of the conversion itself: A from eps = 1 without output, B the other way.
-    one, zero = jnp.ones((1,)), jnp.zeros((1,))
-    a = float(to_x_0(kind, zero, n * one, alpha, sigma)[0])
-    b = -float(to_x_0(kind, one, zero, alpha, sigma)[0])
-    level = float((alpha / n)[0]) ** 2
-    if kind == "flow_prediction":
-        level = min(a**2, _MOST_ALPHAS_CUMPROD)
+    schedule = finished.teacher.schedule
+    n = _at_t_max(finished, schedule.prior_scale)
+    input_scale = float((n * _at_t_max(finished, schedule.input_scale))[0])
+    a, b, c = _coefficients(finished)
+    if finished.student.prediction_type == "sample":
+        kind, level = "sample", 0.0
+    elif a > 1:
+        kind, level = "epsilon", a**-2
+    else:
+        kind, level = "v_prediction", min(a**2, _MOST_ALPHAS_CUMPROD)
     betas = stock_betas(level, num_steps)
-    output_scale = 1.0
-    if kind == "flow_prediction":
-        kind, output_scale = "v_prediction", b / np.sqrt(1 - _product(betas))
-    input_scale = float((n * scale)[0])
+    alphas_cumprod = _product(betas)
+    stock_b = -1.0 if kind == "sample" else np.sqrt(1 - alphas_cumprod)
+    if kind == "epsilon":
+        stock_b /= np.sqrt(alphas_cumprod)
     return StockConversion(
         prediction_type=kind,
         betas=betas,
-        # Rounding alone is no reason to touch a weight.
-        input_scale=1.0 if abs(input_scale - 1) < 1e-6 else input_scale,
-        output_scale=float(output_scale),
+        input_scale=_but_for_rounding(input_scale),
+        output_scale=_but_for_rounding(float(b / stock_b)),
+        output_offset=float(-c / stock_b),
     )
+
+
+def _coefficients(finished: FinishedStudent) -> tuple[float, float, float]:
+    """``A``, ``B`` and ``C`` of eq. (2), asked of the conversions themselves."""
+    schedule, decoder = finished.teacher.schedule, finished.teacher.decoder
+    functions = (schedule.alpha, schedule.sigma, schedule.prior_scale)
+    alpha, sigma, n = (_at_t_max(finished, function) for function in functions)
+    one, zero = jnp.ones((1,)), jnp.zeros((1,))
+    kind = finished.student.prediction_type
+    a = float(to_x_0(kind, zero, n * one, alpha, sigma)[0])
+    b = -float(to_x_0(kind, one, zero, alpha, sigma)[0])
+    if decoder is None or finished.is_latent:
+        return a, b, 0.0
+    # Without parameters a decoder is affine, but for a clip to [-1, 1].
+    shift, further = (float(decoder.decode(None, x)[0]) for x in (zero, one / 8))
+    scale = 8 * (further - shift)
+    return scale * a, scale * b, shift
+
+
+def _but_for_rounding(factor: float) -> float:
+    """Rounding alone is no reason to touch a weight."""
+    return 1.0 if abs(factor - 1) < 4e-6 else factor
 
 
 def stock_betas(alphas_cumprod: float, num_steps: int = 1) -> tuple[float, ...]:
@@ -224,12 +244,14 @@ def scale_input(params: Params, layer: tuple[str, ...], factor: float) -> None:
         params[path] = params[path] * np.float32(factor)
 
 
-def scale_output(params: Params, layer: tuple[str, ...], factor: float) -> None:
-    """Multiplies what a layer gives: its kernel and its bias."""
+def change_output(
+    params: Params, layer: tuple[str, ...], factor: float, offset: float
+) -> None:
+    """Multiplies what a layer gives, then adds to it."""
     scale_input(params, layer, factor)
-    if factor != 1:
-        path = (*layer, "bias")
-        params[path] = params[path] * np.float32(factor)
+    path = (*layer, "bias")
+    if (factor, offset) != (1, 0):
+        params[path] = params[path] * np.float32(factor) + np.float32(offset)
 
 
 def keep_channels(

@@ -22,13 +22,13 @@ from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folding import (
     Params,
     StockModel,
+    change_output,
     constant_embedding,
     flat,
     frozen_time,
     hold,
     keep_channels,
     scale_input,
-    scale_output,
     stock_conversion,
 )
 from boot_jax.models import layers
@@ -122,7 +122,8 @@ def _stock(
 ) -> StockModel:
     conversion = stock_conversion(finished)
     scale_input(params, ("pos_embed", "proj"), conversion.input_scale)
-    scale_output(params, ("proj_out_2",), conversion.output_scale)
+    last = conversion.output_scale, conversion.output_offset
+    change_output(params, ("proj_out_2",), *last)
     return StockModel(
         class_name="DiTTransformer2DModel",
         config=config,

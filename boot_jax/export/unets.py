@@ -8,13 +8,13 @@ from flax.traverse_util import unflatten_dict
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folding import (
     StockModel,
+    change_output,
     constant_embedding,
     flat,
     frozen_time,
     hold,
     keep_channels,
     scale_input,
-    scale_output,
     stock_conversion,
 )
 from boot_jax.models.unet import UNet
@@ -33,9 +33,11 @@ def convert_unet(finished: FinishedStudent) -> StockModel:
     # A Fourier network takes the logarithm of its time and divides by it: step 0 of a
     # scheduler will not do, step 1 will. The division is made up for.
     conversion = stock_conversion(finished, num_steps=2 if fourier else 1)
-    output_scale = conversion.output_scale
+    output_scale, output_offset = conversion.output_scale, conversion.output_offset
     if fourier:
-        output_scale *= (len(conversion.betas) - 1) / frozen_time(finished)
+        step = len(conversion.betas) - 1
+        output_scale *= step / frozen_time(finished)
+        output_offset *= step
     if network.center_input_sample and conversion.input_scale != 1:
         raise ExportError(
             "the student's input is scaled before center_input_sample, which diffusers "
@@ -47,7 +49,7 @@ def convert_unet(finished: FinishedStudent) -> StockModel:
         params, ("conv_out",), finished.sample_shape[-1], network.out_channels
     )
     scale_input(params, ("conv_in",), conversion.input_scale)
-    scale_output(params, ("conv_out",), output_scale)
+    change_output(params, ("conv_out",), output_scale, output_offset)
     return StockModel(
         class_name="UNet2DModel",
         config=_unet_config(network, finished.sample_shape),
