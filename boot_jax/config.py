@@ -15,7 +15,7 @@ import ml_collections
 from boot_jax.objectives import Objective
 from boot_jax.schedules import NoiseSchedule, get_schedule
 
-TEACHER_SOURCES = ("train", "checkpoint", "mixture")
+TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers")
 NETWORKS = ("dit", "unet")
 
 #: Sections that do not change what a run computes, so a workdir may go on with others.
@@ -75,6 +75,7 @@ def default_config() -> Any:
             "labels": False,  # whether the teacher is class-conditional
         }
     )
+    # Not read with teacher.source="diffusers", nor are prediction_type, thresholding.
     config.schedule = ml_collections.ConfigDict(
         {
             "name": "cosine",  # cosine | linear_beta | edm | flow | discrete
@@ -120,8 +121,10 @@ def default_config() -> Any:
     )
     config.teacher = ml_collections.ConfigDict(
         {
-            "source": "train",  # train | checkpoint | mixture
-            "path": "",  # of the checkpoint: a folder with model.json
+            "source": "train",  # train | checkpoint | mixture | diffusers
+            "path": "",  # checkpoint: a folder with model.json; diffusers: or a hub id
+            "revision": "",  # of a hub id; its token is the environment's, HF_TOKEN
+            "null_label": False,  # diffusers: a UNet's last class means none
             "prediction_type": "v_prediction",
             "param_dtype": "float32",  # in which it is kept: float32 | bfloat16
             "thresholding": "none",  # none | clip | dynamic

@@ -18,18 +18,17 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "all",
-    ["all", "teacher", "distill", "sample", "evaluate"],
+    ["all", "teacher", "distill", "sample", "evaluate", "export", "inspect"],
     "What to do; all does whatever is missing, and the report.",
 )
-flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    ["auto", "on", "off"],
-    "Whether other processes take part; auto asks the environment, on also a cloud.",
-)
+_CLUSTER = ("distributed", "coordinator_address", "num_processes", "process_id")
+_MODES = ["auto", "on", "off"]  # auto asks the environment, on also a cloud
+flags.DEFINE_enum("distributed", "auto", _MODES, "Whether other processes take part.")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "How many take part.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PATH = flags.DEFINE_string("path", None, "inspect: a teacher, hub id or workdir.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "inspect: noises in a step.")
 _NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
 _SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
 
@@ -46,9 +45,12 @@ def main() -> int:
         rest = flags.FLAGS(sys.argv)  # where overrides of the config are looked for
         if len(rest) > 1:
             raise flags.Error(f"{rest[1]!r} is not a flag; flags begin with --")
-        if _CONFIG.value is None:
+        if _MODE.value == "inspect" and not (_PATH.value or _WORKDIR.value):
+            raise flags.Error("say what to inspect: --path=FOLDER")
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.title  # a file that cannot be read only answers here
+        elif _MODE.value != "inspect":
             raise flags.Error("say which run: --config=configs/digits.py, for example")
-        _ = _CONFIG.value.title  # a file that cannot be read only answers here
     except (AttributeError, KeyError) as error:
         hint = str(error.args[0]).replace('"', "'").splitlines()
         return _refuse("the config has no field " + ". ".join(hint))
@@ -65,9 +67,10 @@ def main() -> int:
         from boot_jax import pipeline
 
         logging.set_verbosity(logging.FATAL)  # the rest is said here, in one line
-        names = ("coordinator_address", "num_processes", "process_id")
-        cluster = {name: flags.FLAGS[name].value for name in names}
-        cluster["mode"] = flags.FLAGS["distributed"].value
+        if _MODE.value == "inspect":
+            path = _PATH.value or _WORKDIR.value or ""
+            return pipeline.inspect(path, _CONFIG.value, _BATCH.value)
+        cluster = {name: flags.FLAGS[name].value for name in _CLUSTER}
         return pipeline.answer(_MODE.value, _config(), _workdir(), cluster, asked)
 
 

@@ -4,11 +4,14 @@ teacher   train the teacher, where the config says so
 distill   train the student
 sample    images from the student
 evaluate  compare both, and write the report
+export    the student for PyTorch diffusers, for jax alone, and as plain weights
 all       whatever of the first two is missing, then evaluate (the default)
 """
 
 import functools
+import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +32,9 @@ from boot_jax import (
 )
 from boot_jax.evaluation import paired
 from boot_jax.evaluation.features import FEATURES, get_features
+from boot_jax.export.card import origin_of
+from boot_jax.export.finished import ExportError, FinishedStudent
+from boot_jax.export.folder import write_export
 from boot_jax.interruption import Interruption
 from boot_jax.models.weights import WeightsError
 from boot_jax.run import Run
@@ -47,6 +53,7 @@ USER_ERRORS = (
     config_lib.ConfigError,
     data_lib.DataError,
     distributed.DistributedError,
+    ExportError,
     sharding.MeshError,
     TeacherError,
     WeightsError,
@@ -148,6 +155,7 @@ def sample(run: Run) -> pathlib.Path:
         pair.student(), noise, condition, options.num, options.batch_size, run.mesh
     ).images
     folder = run.workdir / "samples" / name
+    images = sampling.to_images(run.teacher.decoder, images, options.batch_size)
     distributed.on_main(lambda: summary.save_images(folder, images))
     return folder
 
@@ -196,6 +204,42 @@ def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
     return None, "the teacher's own ODE samples: the config names no data"
 
 
+def export(run: Run) -> pathlib.Path:
+    """Writes the student in forms that others can run; gives the folder."""
+    pair, results = trained_pair(run), run.workdir / "results.json"
+    finished = FinishedStudent(
+        student=run.student,
+        params=sharding.to_host(pair.params),
+        teacher=run.teacher,
+        objective=run.objective,
+        guidance_scale=pair.guidance_scale,
+    )
+    folder = run.workdir / "export"
+    write = functools.partial(
+        write_export,
+        folder,
+        finished,
+        config=run.config,
+        results=json.loads(results.read_text()) if results.exists() else None,
+        origin=origin_of(run.config, run.workdir, run.teacher.fingerprint()),
+        warn=lambda text: print(f"export: {text}", file=sys.stderr),
+    )
+    distributed.on_main(lambda: write() and None)
+    return folder
+
+
+def inspect(path: str, config: Any, batch_size: int | None) -> int:
+    """Prints what a teacher, a workdir or a config is; gives the exit code."""
+    from boot_jax import inspection  # it stands on this floor, and imports this module
+
+    try:
+        print(inspection.inspect(path, config, batch_size))
+    except (*USER_ERRORS, inspection.InspectionError) as error:
+        interruption.say(f"error: {error}")
+        return interruption.EXIT_REFUSED
+    return 0
+
+
 def execute(
     mode: str, config: Any, workdir: str, asked: Interruption | None = None
 ) -> str:
@@ -220,6 +264,8 @@ def execute(
         return f"teacher: {run.workdir / 'teacher'}"
     if mode == "sample":
         return f"samples: {sample(run)}"
+    if mode == "export":
+        return f"export: {export(run)}"
     if mode in ("all", "distill"):
         distill(run)
     if mode == "distill":
@@ -238,7 +284,7 @@ def answer(
 
     Args:
       mode, config, workdir: see `execute`.
-      cluster: arguments of `boot_jax.distributed.start`.
+      cluster: arguments of `boot_jax.distributed.start`, its mode as ``distributed``.
       asked: the signals, heard already.
 
     Returns:
@@ -246,7 +292,8 @@ def answer(
     """
     try:
         heartbeat = config.run.heartbeat_seconds
-        distributed.start(**cluster, heartbeat_seconds=heartbeat)
+        mode_of_cluster = cluster.pop("distributed")
+        distributed.start(mode_of_cluster, **cluster, heartbeat_seconds=heartbeat)
         asked.join()
         done = execute(mode, config, workdir, asked)
     except USER_ERRORS as error:

@@ -8,25 +8,36 @@ predict
     v_prediction     v = (alpha eps - sigma x_0) / n x_0 = (alpha x_t / n - sigma v) / n
     flow_prediction  u = eps - x_0           x_0 = (x_t - sigma u) / (alpha + sigma)
 
-The names are those of diffusers. For a variance-preserving schedule (``n = 1``), ``v``
-is that of Salimans and Ho (arXiv 2202.00512); for a variance-exploding one it is the
-preconditioned output of Karras et al. (arXiv 2206.00364) with unit data variance.
+and, of networks that are imported and never trained here,
+
+    score            s = -eps / sigma        x_0 = (x_t + sigma^2 s) / alpha
+    edm_prediction   -v
+
+The names are those of diffusers, as far as it has them. For a variance-preserving
+schedule (``n = 1``), ``v`` is that of Salimans and Ho (arXiv 2202.00512); for a
+variance-exploding one it is minus the preconditioned output of Karras et al. (arXiv
+2206.00364) with unit data variance.
 Everything above this module knows denoisers only: ``x_0`` out.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
 
+#: What a network of ours may be trained to predict.
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
+#: What networks of others predict besides.
+IMPORTED_TYPES = ("score", "edm_prediction")
 
-def _check(prediction_type: str) -> None:
-    if prediction_type not in PREDICTION_TYPES:
+
+def _check(prediction_type: str, known: tuple[str, ...] = PREDICTION_TYPES) -> None:
+    if prediction_type not in known:
         raise ValueError(
             f"prediction type {prediction_type!r} is not known; "
-            f"choose one of {', '.join(PREDICTION_TYPES)}"
+            f"choose one of {', '.join(known)}"
         )
 
 
@@ -41,7 +52,7 @@ def to_x_0(
     """The clean image that a network's output means.
 
     Args:
-      prediction_type: one of `PREDICTION_TYPES`.
+      prediction_type: one of `PREDICTION_TYPES` or `IMPORTED_TYPES`.
       output: ``[B, ...]``, what the network gave.
       x_t: ``[B, ...]``, what it was given, not scaled.
       alpha_t: ``[B]``; not 0 for ``epsilon``.
@@ -54,8 +65,12 @@ def to_x_0(
     >>> to_x_0("epsilon", jnp.ones((1, 2)), x_t, half, half)
     Array([[1., 1.]], dtype=float32)
     """
-    _check(prediction_type)
+    _check(prediction_type, PREDICTION_TYPES + IMPORTED_TYPES)
     alpha, sigma = expand(alpha_t, x_t), expand(sigma_t, x_t)
+    if prediction_type == "edm_prediction":
+        return to_x_0("v_prediction", -output, x_t, alpha_t, sigma_t)
+    if prediction_type == "score":
+        return (x_t + sigma**2 * output) / alpha
     if prediction_type == "epsilon":
         return (x_t - sigma * output) / alpha
     if prediction_type == "v_prediction":
@@ -110,3 +125,26 @@ THRESHOLDING: dict[str, Callable[[Array], Array]] = {
     "clip": clip,
     "dynamic": dynamic_threshold,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholding:
+    """What a teacher's own sampler does to ``x_0``, with its numbers.
+
+    Attributes:
+      kind: a name in `THRESHOLDING`.
+      limit: where ``clip`` cuts, or the most that ``dynamic`` divides by.
+      ratio: the quantile of ``dynamic``.
+    """
+
+    kind: str = "none"
+    limit: float = 1.0
+    ratio: float = 0.995
+
+    def __call__(self, x_0: Array) -> Array:
+        """Maps ``x_0 [B, ...]`` to the same shape."""
+        if self.kind == "clip":
+            return clip(x_0, self.limit)
+        if self.kind == "dynamic":
+            return dynamic_threshold(x_0, self.ratio, self.limit)
+        return x_0

@@ -26,6 +26,7 @@ from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
 from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError, as_sampled
+from boot_jax.teachers.diffusers import load_teacher as load_diffusers
 from boot_jax.teachers.mixture import gaussian_mixture
 from boot_jax.training.run import train
 from boot_jax.training.step import denoising_loss
@@ -83,6 +84,8 @@ class Run:
         source = self.config.teacher.source
         if source == "mixture":
             return _mixture(self.config.teacher.mixture, self.schedule)
+        if source == "diffusers":
+            return _imported(self)
         folder = self.workdir / "teacher"
         if source == "checkpoint":
             folder = pathlib.Path(self.config.teacher.path)
@@ -152,7 +155,7 @@ class Run:
         """The teacher as its sampler runs it.
 
         Raises:
-          ConfigError: it is to be guided, but takes no labels.
+          ConfigError: it is to be guided, but takes no labels, or none that means none.
         """
         teacher = self.config.teacher
         guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
@@ -161,11 +164,16 @@ class Run:
                 "guidance needs a class-conditional teacher, which this one is not; "
                 "set teacher.guidance_scale=1.0 and teacher.guidance_range=()"
             )
+        if guided and not self.teacher.has_null_label:
+            raise config_lib.ConfigError(
+                "guidance needs a label that means none, which this teacher is not "
+                "known to have; if its last class is that, set teacher.null_label=True"
+            )
         return as_sampled(
             self.teacher.denoise,
             null_condition=self.conditions.null(),
             guidance_scale=None if self.guidance_range else teacher.guidance_scale,
-            thresholding=teacher.thresholding,
+            thresholding=self.teacher.thresholding or teacher.thresholding,
         )
 
     @property
@@ -205,14 +213,47 @@ def _check_teacher(run: Run, teacher: Teacher) -> None:
             config.teacher.prediction_type,
         ),
     ]
-    if run.dataset is not None:
-        pairs.append(("data", teacher.sample_shape, run.dataset.image_shape))
+    _check_images(run, teacher)
     for field, has, wanted in pairs:
         if has != wanted:
             raise TeacherError(
                 f"the teacher has {field} {has}, but the config says {wanted}; "
                 f"set config.{field} to what the teacher was trained with"
             )
+
+
+def _imported(run: Run) -> Teacher:
+    """A teacher in diffusers format, which decides its schedule and conversion."""
+    section = run.config.teacher
+    teacher = load_diffusers(
+        section.path,
+        revision=section.revision,
+        null_label=section.null_label,
+        **run.network_overrides,
+    )
+    _check_images(run, teacher)
+    if teacher.decoder is not None and run.dataset is not None:
+        raise config_lib.ConfigError(
+            "this teacher's samples are decoded to images, which are not yet scored "
+            'against real ones; set data.name=""'
+        )
+    return teacher
+
+
+def _check_images(run: Run, teacher: Teacher) -> None:
+    """Refuses a teacher of other images than the config's ``data``."""
+    data, dataset = run.config.data, run.dataset
+    has = height, width, channels = teacher.image_shape
+    size = data.image_size
+    wanted = (size or height, size or width, data.channels or channels)
+    if dataset is not None:
+        wanted = dataset.image_shape
+    if has != wanted:
+        raise TeacherError(
+            f"the teacher makes images of {has}, but config.data says {wanted}; set "
+            'config.data to what the teacher was trained with, or data.name="" '
+            "(with image_size=0 and channels=0) to score without real images"
+        )
 
 
 def _train_teacher(run: Run, folder: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
 from boot_jax.solvers import ddim_step, heun_step, time_grid
+from boot_jax.teachers.base import Decoder
 
 #: ``generate(eps [B, H, W, C], condition) -> images [B, H, W, C]``.
 Generator = Callable[[Array, Any], Array]
@@ -105,21 +106,26 @@ def many_steps(
     t_max: float = 1.0,
     solver: str = "ddim",
     power: float = 1.0,
+    steps: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Generator:
     """The teacher's sampler, from ``t_max`` to 0 on the grid of `time_grid`.
+
+    With ``steps``, times ``t [num_steps]`` and where to from each, ``s``, it is another
+    grid: of `boot_jax.teachers.base.Teacher.sampler_steps`, to sample as others do.
 
     The steps are dispatched one by one: one short program serves every number of steps,
     and convolutions on CPU keep all cores, which they lose inside a compiled loop.
     """
-    steps = _teacher_steps(denoise, schedule)
+    compiled = _teacher_steps(denoise, schedule)
     times = np.asarray(time_grid(num_steps, t_max, power=power))
+    starts, ends = (times[:-1], times[1:]) if steps is None else steps
 
     def generate(eps: Array, condition: Any) -> Array:
-        x_t = eps * float(schedule.prior_scale(jnp.asarray(times[0])))
+        x_t = eps * float(schedule.prior_scale(jnp.asarray(starts[0])))
         for index in range(num_steps):
             # The last step ends at clean data, where Heun's second call has no use.
             name = "ddim" if index == num_steps - 1 else solver
-            x_t = steps[name](params, x_t, times[index], times[index + 1], condition)
+            x_t = compiled[name](params, x_t, starts[index], ends[index], condition)
         return x_t
 
     return generate
@@ -139,6 +145,17 @@ def _teacher_steps(
         return jax.jit(run)
 
     return {"ddim": compiled(ddim_step), "heun": compiled(heun_step)}
+
+
+def to_images(
+    decoder: Decoder | None, samples: np.ndarray, batch_size: int = 16
+) -> np.ndarray:
+    """Samples as images ``[N, H, W, C]``; decoded, where they are something else."""
+    if decoder is None:
+        return samples
+    batches = np.split(samples, range(batch_size, len(samples), batch_size))
+    decoded = [decoder.decode(decoder.params, jnp.asarray(batch)) for batch in batches]
+    return np.concatenate([np.asarray(images) for images in decoded])
 
 
 class Generated(NamedTuple):

@@ -24,7 +24,9 @@ from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers.base import Teacher, TeacherError
 
 TIME_CONDITIONINGS = ("added", "reused")
-_TARGET_TIME = "target_time"
+
+#: Name of the added embedding of the target time.
+TARGET_TIME = "target_time"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,13 @@ class Student:
       init: ``key -> params``, float32; copies of the teacher's weights where it has a
         network, as numpy arrays.
       network: the Linen module behind ``signal``.
+      prediction_type: what ``network`` predicts.
     """
 
     signal: Signal
     init: Callable[[Array], Any]
     network: nn.Module
+    prediction_type: str
 
 
 def create_student(
@@ -85,7 +89,7 @@ def create_student(
     if network is None:
         prediction_type = teacher.prediction_type or prediction_type
     check_conversion(prediction_type, teacher.schedule, t_max)
-    names = (_TARGET_TIME,) if time_conditioning == "added" else ()
+    names = (TARGET_TIME,) if time_conditioning == "added" else ()
     names += (SCALE_KEY,) if guidance_range is not None else ()
     student_network = base.clone(added_embeddings=names, **overrides)
     inherited = teacher.params if network is None else None
@@ -95,6 +99,7 @@ def create_student(
         ),
         init=_initialiser(student_network, teacher, inherited),
         network=student_network,
+        prediction_type=prediction_type,
     )
 
 
@@ -122,8 +127,8 @@ def _signal(
 
     def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
         start = jnp.full(t.shape, t_max, t.dtype)
-        own_time = start if _TARGET_TIME in names else t
-        added = {_TARGET_TIME: t} if _TARGET_TIME in names else {}
+        own_time = start if TARGET_TIME in names else t
+        added = {TARGET_TIME: t} if TARGET_TIME in names else {}
         if guidance_range is not None:
             low, high = guidance_range
             added[SCALE_KEY] = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
@@ -137,6 +142,7 @@ def _signal(
             added,
         )
         assert isinstance(output, Array)
+        output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
         alpha_t, sigma_t = schedule.alpha(start), schedule.sigma(start)
         return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
 

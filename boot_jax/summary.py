@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from boot_jax.evaluation import paired, plots, report
-from boot_jax.sampling import generate
+from boot_jax.sampling import generate, to_images
 from boot_jax.training.logs import read_metrics
 from boot_jax.workdir import write_text
 
@@ -116,7 +116,7 @@ def write(
     ends = _ends(pair, mesh) if pair.teacher.sample_shape == (1, 1, 2) else None
     path = workdir / "report.html"
     if jax.process_index() == 0:
-        images = _figures(workdir, results, rows, ends)
+        images = _figures(workdir, results, rows, pair, ends)
         text = json.dumps(results, indent=2, allow_nan=False)
         write_text(workdir / "results.json", text + "\n")
         report.write_report(
@@ -134,14 +134,17 @@ def _figures(
     workdir: pathlib.Path,
     results: Mapping[str, Any],
     rows: Mapping[str, np.ndarray],
+    pair: paired.Pair,
     ends: list[np.ndarray] | None,
 ) -> dict[str, bytes]:
     figures: dict[str, bytes] = {}
     if ends is not None:
         title = "where each noise goes: exact ODE and student"
         figures[title] = plots.map_scatter(*ends)
-    else:
-        grid = plots.encode_png(plots.image_grid(rows))
+    elif pair.teacher.image_shape[-1] in (1, 3):
+        decoder = pair.teacher.decoder
+        shown = {name: to_images(decoder, samples) for name, samples in rows.items()}
+        grid = plots.encode_png(plots.image_grid(shown))
         (workdir / "samples").mkdir(exist_ok=True)
         (workdir / "samples" / "grid.png").write_bytes(grid)
         figures["the same noise in each column"] = grid

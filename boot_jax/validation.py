@@ -161,7 +161,7 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
-    if config.teacher.source != "mixture":
+    if config.teacher.source in ("train", "checkpoint"):
         try:
             check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
         except ValueError as error:
@@ -177,8 +177,8 @@ def validate(config: Any) -> None:
             "teacher.source is 'train', but data.name is empty; name the images to "
             "train on (digits, folder or tfds:NAME)"
         )
-    if config.teacher.source == "checkpoint" and not config.teacher.path:
-        raise ConfigError(
-            "teacher.source is 'checkpoint', but teacher.path is empty; "
-            "give the folder that holds model.json"
-        )
+    source = config.teacher.source
+    if source in ("checkpoint", "diffusers") and not config.teacher.path:
+        file = "model.json" if source == "checkpoint" else "model_index.json"
+        hint = f"but teacher.path is empty; give the folder that holds {file}"
+        raise ConfigError(f"teacher.source is {source!r}, {hint}")

@@ -9,7 +9,7 @@ from unittest import mock
 from absl import flags
 
 _OURS = (
-    *("config", "workdir", "mode", "num", "seed", "distributed"),
+    *("config", "workdir", "mode", "num", "seed", "path", "batch_size", "distributed"),
     *("coordinator_address", "num_processes", "process_id"),
 )
 

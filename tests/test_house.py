@@ -21,7 +21,7 @@ FLOORS = {
     3: "config validation sharding distributed interruption data batches workdir "
     "training",
     4: "sampling evaluation summary export",
-    5: "main pipeline run",
+    5: "main pipeline run inspection",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()

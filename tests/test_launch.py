@@ -178,6 +178,7 @@ class Bench:
             ["bash", str(script), *arguments],
             cwd=cwd,
             env=self.environment | environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -220,8 +221,8 @@ def bench(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-        launcher.stdout.close()
-        launcher.stderr.close()
+        for stream in (launcher.stdin, launcher.stdout, launcher.stderr):
+            stream.close()
     for file in bench.cloud.glob("worker*/boot_jax/pid"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(file.read_text()), signal.SIGKILL)

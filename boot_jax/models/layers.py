@@ -309,7 +309,8 @@ class ResnetBlock(nn.Module):
     """Two convolutions and a shortcut, with the time embedding in between.
 
     ``ResnetBlock2D`` of diffusers; ``resample`` changes the size before the first
-    convolution, on both ways.
+    convolution, on both ways. Without a time embedding, as in an autoencoder, there is
+    nothing in between.
     """
 
     features: int
@@ -317,7 +318,7 @@ class ResnetBlock(nn.Module):
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Array, time_embedding: Array) -> Array:
+    def __call__(self, x: Array, time_embedding: Array | None) -> Array:
         """Maps ``x [B, H, W, C]`` and ``time_embedding [B, E]`` to ``features``."""
         settings = self.settings
         dtype = settings.dtype
@@ -332,14 +333,17 @@ class ResnetBlock(nn.Module):
         if self.resample is not None:
             hidden, x = self.resample(hidden), self.resample(x)
         hidden = conv_3x3(self.features, dtype, name="conv1")(hidden)
-        width = self.features * (2 if settings.scale_shift else 1)
-        project = nn.Dense(width, dtype=dtype, name="time_emb_proj")
-        time = project(activation(time_embedding))[:, None, None, :]
-        if settings.scale_shift:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            hidden = norm(hidden, name="norm2") * (1 + scale) + shift
+        if time_embedding is None:
+            hidden = norm(hidden, name="norm2")
         else:
-            hidden = norm(hidden + time, name="norm2")
+            width = self.features * (2 if settings.scale_shift else 1)
+            project = nn.Dense(width, dtype=dtype, name="time_emb_proj")
+            time = project(activation(time_embedding))[:, None, None, :]
+            if settings.scale_shift:
+                scale, shift = jnp.split(time, 2, axis=-1)
+                hidden = norm(hidden, name="norm2") * (1 + scale) + shift
+            else:
+                hidden = norm(hidden + time, name="norm2")
         hidden = nn.Dropout(settings.dropout)(
             activation(hidden), deterministic=settings.deterministic
         )

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from boot_jax.models import layers
+from boot_jax.models.from_config import read_fields
 from boot_jax.models.layers import Attention, LayerSettings, ResnetBlock
 
 Condition = Mapping[str, Array] | None
@@ -79,7 +80,7 @@ class MidBlock(nn.Module):
     settings: LayerSettings
 
     @nn.compact
-    def __call__(self, x: Array, embedding: Array) -> Array:
+    def __call__(self, x: Array, embedding: Array | None) -> Array:
         """Maps ``[B, H, W, C]`` to the same shape."""
         settings, features = self.settings, x.shape[-1]
         x = ResnetBlock(features, settings, name="resnets_0")(x, embedding)
@@ -173,14 +174,7 @@ class UNet(nn.Module):
         Raises:
           ValueError: an unknown key or an unsupported value.
         """
-        given = {k: v for k, v in config.items() if not k.startswith("_")} | overrides
-        known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-        unknown = ", ".join(f"{k}={v!r}" for k, v in given.items() if k not in known)
-        if unknown:
-            raise ValueError(f"UNet: {unknown} is not supported; use {sorted(known)}")
-        for key, value in given.items():
-            given[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        return cls(**read_fields(cls, config, overrides))
 
     def __post_init__(self) -> None:
         _check(self)
@@ -264,7 +258,7 @@ class UNet(nn.Module):
             return layers.GaussianFourierProjection(width, name=name)
         if self.time_embedding_type == "learned":
             table = nn.Embed(self.num_train_timesteps or 0, width, name=name)
-            return lambda time: table(time.astype(jnp.int32))
+            return lambda time: table(jnp.round(time).astype(jnp.int32))
         return lambda time: layers.timestep_embedding(
             time,
             width,

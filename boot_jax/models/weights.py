@@ -18,14 +18,20 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  numpy learns bfloat16 by it, which files may hold
 import numpy as np
+from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 # Named, because ``time_embedding.linear_1`` ends in a number and is no list.
 _LISTS = re.compile(
-    r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|to_out)_(\d+)"
+    r"(down_blocks|up_blocks|transformer_blocks|resnets|attentions|downsamplers"
+    r"|upsamplers|to_out|net)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+#: Endings of files that may hold a pickle.
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -50,11 +56,41 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     names = _read_index(path)
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(names.values())):
+        if not (path.parent / shard).is_file():
+            raise WeightsError(f"{path} names {shard}, but there is no such file")
         tensors |= _read_file(path.parent / shard)
     lacking = sorted(set(names) - set(tensors))
     if lacking:
         raise WeightsError(f"{path} names tensors that its files lack: {lacking}")
     return tensors
+
+
+def read_weights(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a model's folder, by diffusers' names: safetensors, or Flax's msgpack.
+
+    Raises:
+      WeightsError: there is neither, or it is damaged. A pickle is never opened: it is
+        a program.
+    """
+    folder = Path(folder)
+    if any(folder.glob("*.safetensors*")):
+        return read_safetensors(folder)
+    packed = sorted(folder.glob("*.msgpack"))
+    if len(packed) == 1:
+        return _read_msgpack(packed[0])
+    pickles = [p.name for kind in PICKLES for p in sorted(folder.glob(f"*{kind}"))]
+    found = f"only {', '.join(pickles)}, a pickle" if pickles else "no weights"
+    raise WeightsError(
+        f"{folder} holds {found}; one safetensors file, its index or one msgpack is "
+        "needed. To convert a pickle whose maker you trust, where torch is installed: "
+        'python -c "from diffusers import DiffusionPipeline as P; '
+        "P.from_pretrained('PIPELINE').save_pretrained('NEW_FOLDER')\""
+    )
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name read from a file stays in its folder, on any system."""
+    return re.fullmatch(r"[\w-][\w .-]*", name) is not None
 
 
 def from_diffusers(
@@ -194,11 +230,17 @@ def _find(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text())["weight_map"])
+        names = dict(json.loads(path.read_text())["weight_map"])
+        outside = [shard for shard in names.values() if not is_plain_name(shard)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{path} is not an index of safetensors files: {error!r}"
         ) from error
+    if outside:
+        raise WeightsError(
+            f"{path} names {outside[0]!r}, which would lead out of the folder"
+        )
+    return names
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
@@ -208,3 +250,14 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError, AttributeError) as error:
         # An AttributeError is a type that numpy lacks, such as float8.
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """Flax parameters, whose modules are named as ours."""
+    try:
+        tree: Any = msgpack_restore(path.read_bytes())
+        return to_diffusers(tree.get("params", tree))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} cannot be read as Flax parameters: {error}"
+        ) from error

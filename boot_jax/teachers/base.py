@@ -11,12 +11,27 @@ import numpy as np
 from jax import Array
 
 from boot_jax.guidance import Denoiser, guide
-from boot_jax.prediction import THRESHOLDING, expand, to_x_0
+from boot_jax.prediction import THRESHOLDING, Thresholding, expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
 
 
 class TeacherError(ValueError):
     """A teacher that is missing, foreign, or does not fit what is asked of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What turns samples into images, where a teacher does not work on images itself.
+
+    Attributes:
+      decode: ``(params, samples [B, H, W, C]) -> images`` in [-1, 1].
+      params: its parameters, a pytree.
+      image_shape: ``(H, W, C)`` of the images.
+    """
+
+    decode: Callable[[Any, Array], Array]
+    params: Any
+    image_shape: tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +50,11 @@ class Teacher:
       num_classes: number of class labels; None if it takes none.
       network: the Linen module behind ``denoise``; None if there is none.
       prediction_type: what ``network`` predicts.
+      has_null_label: whether label ``num_classes`` means none, as guidance needs it.
+      thresholding: what its own sampler does to ``x_0``; None leaves it to the config.
+      sampler_steps: ``num_steps -> (t [n], s [n])``: the times between which its own
+        sampler steps; None where it has none.
+      decoder: of samples to images; None where samples are images.
     """
 
     denoise: Denoiser
@@ -44,12 +64,26 @@ class Teacher:
     num_classes: int | None = None
     network: nn.Module | None = None
     prediction_type: str | None = None
+    has_null_label: bool = True
+    thresholding: Thresholding | None = None
+    sampler_steps: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    decoder: Decoder | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(H, W, C)`` of the images that samples are, or are decoded to."""
+        return self.decoder.image_shape if self.decoder else self.sample_shape
 
     def fingerprint(self) -> str:
-        """A hash of the parameters, schedule, shape and prediction type."""
+        """A hash of the parameters, schedule, shape and prediction type.
+
+        And of the thresholding, where it is the teacher's own.
+        """
         digest = hashlib.sha256()
         known = (self.schedule, self.sample_shape, self.num_classes)
         digest.update(repr((known, self.prediction_type)).encode())
+        if self.thresholding is not None:
+            digest.update(repr(self.thresholding).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
@@ -75,6 +109,7 @@ def network_denoiser(
         time = schedule.time_input(t)
         output = network.apply({"params": params}, scaled, time, condition)
         assert isinstance(output, Array)
+        output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
         alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
         return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
 
@@ -86,7 +121,7 @@ def as_sampled(
     *,
     null_condition: Any = None,
     guidance_scale: float | None = 1.0,
-    thresholding: str = "none",
+    thresholding: str | Thresholding = "none",
 ) -> Denoiser:
     """The teacher exactly as its sampler runs it: guided first, then thresholded.
 
@@ -94,18 +129,20 @@ def as_sampled(
       denoise: the plain denoiser.
       null_condition: of the unconditional half; None switches guidance off.
       guidance_scale: ``w``; 1 switches guidance off, None reads it from the condition.
-      thresholding: ``none``, ``clip`` or ``dynamic``.
+      thresholding: ``none``, ``clip`` or ``dynamic``; or one with its numbers.
 
     Raises:
       ValueError: the thresholding is not known.
     """
-    if thresholding not in THRESHOLDING:
+    if isinstance(thresholding, str):
+        thresholding = Thresholding(thresholding)
+    if thresholding.kind not in THRESHOLDING:
         raise ValueError(
-            f"thresholding is {thresholding!r}; choose one of {sorted(THRESHOLDING)}"
+            f"thresholding is {thresholding.kind!r}; "
+            f"choose one of {sorted(THRESHOLDING)}"
         )
     if null_condition is not None and guidance_scale != 1.0:
         denoise = guide(denoise, null_condition, guidance_scale)
-    threshold: Callable[[Array], Array] = THRESHOLDING[thresholding]
-    return lambda params, x_t, t, condition: threshold(
+    return lambda params, x_t, t, condition: thresholding(
         denoise(params, x_t, t, condition)
     )
