@@ -350,7 +350,7 @@ def test_a_process_that_hangs_ends_all(tmp_path, environment):
     process = subprocess.Popen(
         [
             *("bash", str(LAUNCHER), "--processes=2", "--devices=1", "--grace=5"),
-            *(config, *MOVING, "--config.run.watchdog_seconds=5"),
+            *(config, *MOVING, "--config.run.watchdog_seconds=20"),
             *(f"--workdir={workdir}", f"--config.distill.num_steps={FAR}"),
         ],
         cwd=ROOT,
@@ -366,6 +366,6 @@ def test_a_process_that_hangs_ends_all(tmp_path, environment):
         pid = int(found.group(1)) if found else None
     wait_for_a_step_after(19, workdir, process)
     os.kill(pid, signal.SIGSTOP)
-    code, out = finish(process, 60)
+    code, out = finish(process, 120)
     assert code == EXIT_STUCK, out
     assert re.search(r"watchdog: (saving )?step \d+ took longer than allowed", out)
