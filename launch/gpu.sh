@@ -55,7 +55,7 @@ for ((restart = 1; ; restart++)); do
   trap 'pass_on INT' INT
   trap 'pass_on TERM' TERM HUP
   while kill -0 "$pid" 2>/dev/null; do
-    sleep 0.2 || true # which a Ctrl-C ends, too
+    sleep 0.1 || true # which a Ctrl-C ends, too
   done
   code=0
   wait "$pid" || code=$?

@@ -126,7 +126,7 @@ trap 'pass_on TERM' TERM HUP
 codes=()
 deadline=""
 while true; do
-  sleep 0.2 || true # which a Ctrl-C ends, too
+  sleep 0.1 || true # which a Ctrl-C ends, too
   for i in "${!running[@]}"; do
     ! kill -0 "${running[i]}" 2>/dev/null || continue
     code=0
@@ -139,7 +139,7 @@ while true; do
     fi
   done
   ((${#running[@]} > 0)) || exit "$(most_telling "${codes[@]}")"
-  if [[ -n "$deadline" ]] && ((SECONDS > deadline)); then
+  if [[ -n "$deadline" ]] && ((SECONDS >= deadline)); then
     say "$grace s after the first failure: killing ${running[*]}"
     # They may be deaf to TERM while they wait for the process that has failed.
     kill -KILL "${running[@]}" 2>/dev/null || true

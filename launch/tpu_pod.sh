@@ -312,7 +312,7 @@ follow() {
         deadline=$((SECONDS + grace_seconds))
       fi
     done
-    if [[ -n "$deadline" ]] && ((SECONDS > deadline)); then
+    if [[ -n "$deadline" ]] && ((SECONDS >= deadline)); then
       if ((stops++ == 3)); then
         say "some workers cannot be stopped"
         unreachable=true

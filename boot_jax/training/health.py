@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from boot_jax.sharding import path_name
+
 #: In the metrics of a step: whether each tensor group is finite, ``[groups]`` bool.
 GRADIENTS, PARAMETERS = "finite/gradients", "finite/parameters"
 #: In the metrics of a step: how many steps the run has skipped so far.
@@ -17,18 +19,26 @@ SKIPPED = "skipped"
 _WINDOW, _SHORTEST_WINDOW = 100, 20
 
 
-def group_names(params: Mapping[str, Any]) -> list[str]:
+def group_names(params: Any) -> list[str]:
     """The tensor groups of a network: the first level of its parameters."""
-    return sorted(params)
+    return sorted(_groups(params))
 
 
 def finite_groups(tree: Any) -> Array:
     """Whether all numbers of each group are finite, ``[groups]`` bool."""
+    groups = _groups(tree)
     flags = [
-        jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(part)]))
-        for part in (tree[name] for name in group_names(tree))
+        jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in groups[name]]))
+        for name in group_names(tree)
     ]
     return jnp.stack(flags)
+
+
+def _groups(tree: Any) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        groups.setdefault(path_name(path[:1]), []).append(leaf)
+    return groups
 
 
 class Health:
