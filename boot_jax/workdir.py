@@ -22,6 +22,11 @@ def open_workdir(path: str | pathlib.Path, config: Any) -> pathlib.Path:
       WorkdirError: it cannot be written, it belongs to another config and ``run.force``
         is not set, or a process does not see it.
     """
+    if "://" in str(path):
+        raise WorkdirError(
+            f"the workdir {path} is an address, not a folder; mount it on every "
+            "machine, and give the folder where it is mounted"
+        )
     folder = pathlib.Path(path).absolute()
     kept = folder / "config.json"
     distributed.on_main(lambda: _open(folder, kept, config))

@@ -161,3 +161,10 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "first"
     write_text(path, "zweites, größer")
     assert contents(tmp_path) == {"file": "zweites, größer".encode()}
+
+
+def test_a_bucket_is_refused_not_taken_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*mount"):
+        open_workdir("gs://bucket/run", default_config())
+    assert not list(tmp_path.iterdir())
