@@ -42,7 +42,7 @@ def guide(
     Args:
       denoise: ``(params, x_t, t, condition) -> x_0``.
       null_condition: the condition of the unconditional half, or a negative prompt: a
-        dict like the condition, its leaves of leading size 1 or ``B``; or `NEGATIVE_KEY`,
+        dict like the condition, leaves of leading size 1 or ``B``; or `NEGATIVE_KEY`,
         to read it from ``condition["negative"]``.
       guidance_scale: ``w``; None to read it from ``condition["guidance_scale"] [B]``.
       interval: times between which it guides; ``w`` is 1 at all others (Kynkaanniemi et
