@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,40 @@ class Decoder:
     image_shape: tuple[int, int, int]
 
 
+class Tokenizer(Protocol):
+    """Prompts to tokens; see `boot_jax.tokenizers`."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one prompt's tokens."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what it gives."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Any:
+        """``ids [N, *row_shape] int32``, and ``truncated [N] bool``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """What turns prompts into what a network is conditioned on.
+
+    Attributes:
+      tokenizer: of prompts, on the host.
+      encode: ``(params, tokens [B, *row_shape] int32) -> {name: [B, ...]}``, on the
+        device; a network that reads tokens itself has them given back as ``tokens``.
+      params: its parameters, a pytree.
+    """
+
+    tokenizer: Tokenizer
+    encode: Callable[[Any, Array], dict[str, Array]]
+    params: Any
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
     """Everything that distillation needs to know.
@@ -55,6 +89,7 @@ class Teacher:
       sampler_steps: ``num_steps -> (t [n], s [n])``: the times between which its own
         sampler steps; None where it has none.
       decoder: of samples to images; None where samples are images.
+      text: of the prompts that it takes; None if it takes none.
     """
 
     denoise: Denoiser
@@ -68,6 +103,7 @@ class Teacher:
     thresholding: Thresholding | None = None
     sampler_steps: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     decoder: Decoder | None = None
+    text: TextEncoder | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -77,14 +113,19 @@ class Teacher:
     def fingerprint(self) -> str:
         """A hash of the parameters, schedule, shape and prediction type.
 
-        And of the thresholding, where it is the teacher's own.
+        And of the thresholding, where it is the teacher's own, and of what reads its
+        prompts.
         """
         digest = hashlib.sha256()
         known = (self.schedule, self.sample_shape, self.num_classes)
         digest.update(repr((known, self.prediction_type)).encode())
         if self.thresholding is not None:
             digest.update(repr(self.thresholding).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        if self.text is not None:
+            digest.update(self.text.tokenizer.fingerprint.encode())
+            leaves += jax.tree_util.tree_leaves_with_path(self.text.params)
+        for path, leaf in leaves:
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
         return digest.hexdigest()[:16]
