@@ -17,7 +17,7 @@ PACKAGE = "boot_jax"
 FLOORS = {
     0: "schedules prediction solvers guidance objectives",
     1: "models",
-    2: "conditions teachers student",
+    2: "conditions teachers student tokenizers",
     3: "config validation sharding distributed interruption data batches workdir "
     "training",
     4: "sampling evaluation summary export",
