@@ -67,9 +67,9 @@ def batches(
 
     Yields:
       ``{"image": [k, B, H, W, C] float32 in [-1, 1], "label": [k, B] int32}``, without
-      "label" where the data set has none; and with a tokenizer its ``"tokens": [k, B,
-      *row_shape] int32`` of the captions, if the data set has those. The thread that reads ahead ends when the
-      generator is closed, dropped or has raised.
+      "label" where the data set has none; where it has captions, a tokenizer's
+      ``"tokens": [k, B, *row_shape] int32``, too. The thread that reads ahead ends when
+      the generator is closed, dropped or has raised.
 
     Raises:
       DataError: a size, seed or step that cannot be; while iterating, a bad image.

@@ -1,7 +1,8 @@
 """Our own teachers: one folder with ``model.json`` and ``model.safetensors``.
 
 ``model.json`` says all that the weights do not: network and its options, schedule,
-prediction type, shape, and classes or vocabulary. So a folder is complete, small, and free of pickles.
+prediction type, shape, and the classes or the vocabulary. So a folder is complete,
+small, and free of pickles.
 """
 
 import json
