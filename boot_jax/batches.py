@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 import numpy as np
 
 from boot_jax.data import DataError, Dataset
+from boot_jax.tokenizers import Tokenizer
 
 _ORDER_STREAM, _FLIP_STREAM = 0, 1
 
@@ -51,6 +52,7 @@ def batches(
     steps_per_dispatch: int = 1,
     *,
     random_flip: bool = False,
+    tokenizer: Tokenizer | None = None,
     rows: slice = slice(None),
 ) -> Generator[Batch, None, None]:
     """Batches without end, ``k = steps_per_dispatch`` at a time, read one item ahead.
@@ -60,11 +62,13 @@ def batches(
       seed: decides the order of the images, and the flips.
       start_step: the first step to give; a run continued here sees what it would have.
       random_flip: mirror each image left to right with probability 1/2.
+      tokenizer: of the captions, which are left out without one.
       rows: the ``B`` rows of every batch that this process reads; all by default.
 
     Yields:
       ``{"image": [k, B, H, W, C] float32 in [-1, 1], "label": [k, B] int32}``, without
-      "label" where the data set has none; see `read_ahead`.
+      "label" where the data set has none; where it has captions, a tokenizer's
+      ``"tokens": [k, B, *row_shape] int32``, too; see `read_ahead`.
 
     Raises:
       DataError: a size, seed or step that cannot be; while iterating, a bad image.
@@ -86,6 +90,9 @@ def batches(
         labels = dataset.labels(indices.ravel())
         if labels is not None:
             batch["label"] = labels.reshape(indices.shape)
+        if tokenizer is not None and dataset.captions is not None:
+            ids = tokenizer(dataset.captions(indices.ravel())).ids
+            batch["tokens"] = ids.reshape(*indices.shape, *ids.shape[1:])
         return batch
 
     return read_ahead(read, start_step, steps_per_dispatch)

@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from boot_jax import shapes
+
 #: File names that count as images in a folder, in either case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 #: Threads that decode the images of one data set; pillow works outside Python's lock.
 DECODING_THREADS = 8
+
+#: Seed and number of the drawn images of each split.
+_SHAPES_SPLITS = {"train": (0, 200_000), "test": (1, 10_000)}
 
 _NOT_READ = np.iinfo(np.int32).min
 
@@ -44,6 +49,7 @@ class Dataset:
       num_classes: the number of classes; None without labels.
       images: maps indices ``[n]`` to images ``[n, H, W, C]``, float32 in [-1, 1].
       labels: maps indices ``[n]`` to classes ``[n]``, int32; to None without labels.
+      captions: maps indices ``[n]`` to ``n`` texts; None without captions.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Dataset:
     num_classes: int | None
     images: Callable[[np.ndarray], np.ndarray]
     labels: Callable[[np.ndarray], np.ndarray | None]
+    captions: Callable[[np.ndarray], list[str]] | None = None
 
     def __len__(self) -> int:
         return self.num_examples
@@ -77,6 +84,7 @@ def load(
 
     Args:
       name: ``"digits"``, scikit-learn's 1797 handwritten digits, 8x8x1 in 10 classes;
+        ``"shapes"``, drawn coloured shapes with captions, 16x16x3 (`boot_jax.shapes`);
         ``"folder"``, the images in ``path/CLASS/`` (the subfolders that hold images, in
         order of their names, are classes 0, 1, ...) or in ``path`` itself (no labels);
         ``"tfds:NAME"``, a data set with a feature "image" and perhaps a class "label"
@@ -87,7 +95,8 @@ def load(
         down to it with a Lanczos filter. None keeps images, which must share one size.
       channels: 1 (grey) or 3 (RGB); None is 3 for a folder, else the source's own.
       split: a split of tensorflow-datasets or a slice of it, such as ``"train[:90%]"``;
-        the other sources have ``"train"`` alone, with all their images.
+        ``"train"`` or ``"test"`` of shapes, of which no image is in both; the other
+        sources have ``"train"`` alone, with all their images.
       cache_bytes: decoded images, a byte for each channel of a pixel, stay in memory up
         to this many bytes, those used last; 0 keeps none.
 
@@ -104,11 +113,15 @@ def load(
     options = _Options(image_size, channels, cache_bytes)
     if name == "digits":
         return _digits(options)
+    if name == "shapes":
+        return _shapes(split, options)
     if name == "folder":
         return _folder(path, options)
     if name.startswith("tfds:"):
         return _tfds(name, path, split, options)
-    raise DataError(f"no data set {name!r}: use 'digits', 'folder' or 'tfds:NAME'")
+    raise DataError(
+        f"no data set {name!r}: use 'digits', 'shapes', 'folder' or 'tfds:NAME'"
+    )
 
 
 def _decoded(
@@ -197,6 +210,28 @@ def _digits(options: _Options) -> Dataset:
         num_classes=10,
         images=images.__getitem__,
         labels=np.asarray(classes, np.int32).__getitem__,
+    )
+
+
+def _shapes(split: str, options: _Options) -> Dataset:
+    if split not in _SHAPES_SPLITS:
+        raise DataError(f"shapes has no split {split!r}: use 'train' or 'test'")
+    side = shapes.SIDE
+    if options.image_size not in (None, side) or options.channels not in (None, 3):
+        raise DataError(
+            f"shapes are RGB {side}x{side} images: leave out image_size and channels"
+        )
+    seed, num_examples = _SHAPES_SPLITS[split]
+    captions = functools.partial(shapes.captions_of, seed=seed)
+    return Dataset(
+        name="shapes",
+        provenance=f"drawn shapes {split}, {num_examples} images {side}x{side}x3",
+        num_examples=num_examples,
+        image_shape=(side, side, 3),
+        num_classes=None,
+        images=lambda indices: shapes.images_of(captions(indices), indices, seed),
+        labels=lambda indices: None,
+        captions=captions,
     )
 
 

@@ -141,6 +141,54 @@ def test_a_share_of_the_labels_is_dropped(share, expected):
     np.testing.assert_array_equal(seen[0][~dropped], labels[~dropped])
 
 
+def told_tokens(share, microbatches=1):
+    """Captions of a batch of 4096, and the tokens that a network is told."""
+    tokens = jnp.asarray(1 + np.arange(4096 * 3).reshape(4096, 3) % 7, jnp.int32)
+    loss = denoising_loss(
+        network=Pointwise(),
+        schedule=COSINE,
+        prediction_type="v_prediction",
+        conditions=Conditions(),
+        label_dropout=share,
+    )
+    batch = {"image": jnp.zeros((4096, 1, 1, 1)), "tokens": tokens}
+    inputs = loss.draw(batch, jax.random.key(0), 0.0, microbatches)
+    return np.asarray(tokens), np.asarray(inputs["tokens"])
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0.0), (1.0, 1.0), (0.25, 0.25)])
+def test_a_share_of_the_captions_becomes_the_empty_prompt(share, expected):
+    tokens, (told,) = told_tokens(share)
+    dropped = (told == 0).all(1)
+    assert abs(dropped.mean() - expected) < 0.03
+    np.testing.assert_array_equal(told[~dropped], tokens[~dropped])
+    _, parts = told_tokens(share, microbatches=4)
+    np.testing.assert_array_equal(parts.reshape(told.shape), told)
+
+
+def test_a_network_with_text_is_told_the_tokens():
+    seen = []
+
+    class Reader(nn.Module):
+        @nn.compact
+        def __call__(self, x, time, condition=None, added=None):
+            seen.append(condition)
+            return x
+
+    tokens = jnp.asarray([[1, 2], [3, 0]], jnp.int32)
+    loss = denoising_loss(
+        network=Reader(),
+        schedule=COSINE,
+        prediction_type="v_prediction",
+        conditions=Conditions(),
+        label_dropout=0.0,
+    )
+    batch = {"image": jnp.zeros((2, 1, 1, 1)), "tokens": tokens}
+    loss({}, None, None, batch, jax.random.key(0), 0.0)
+    assert seen[0].keys() == {"tokens"}
+    np.testing.assert_array_equal(seen[0]["tokens"], tokens)
+
+
 def test_a_network_without_classes_is_told_no_label():
     batch = {"label": jnp.zeros(64, jnp.int32)}
     alone = value_and_grad(Pointwise())

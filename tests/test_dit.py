@@ -270,3 +270,113 @@ def test_attention_implementation_is_passed_on(monkeypatch):
     network = DiT(**SIZES, attention_implementation="cudnn")
     jax.eval_shape(network.init, jax.random.key(0), X, TIME, LABEL)
     assert seen == ["cudnn", "cudnn"]
+
+
+# --- text
+
+TOKENS = {"tokens": np.array([[2, 3, 4], [2, 4, 0], [0, 0, 0]], np.int32)}
+TEXT: dict[str, Any] = {"num_classes": None, "vocab_size": 5, "text_length": 3}
+
+
+def noisy_text(**options: Any) -> tuple[DiT, Any]:
+    network = DiT(**(SIZES | TEXT | options))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), X, TIME, TOKENS)["params"]
+    rng = np.random.default_rng(1)
+    return network, jax.tree.map(
+        lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes
+    )
+
+
+def test_text_adds_a_table_places_and_one_layer():
+    without = jax.eval_shape(init, DiT(**(SIZES | {"num_classes": None})))
+    network, params = noisy_text()
+    added = {name: params[name] for name in params.keys() - without.keys()}
+    sizes = {
+        jax.tree_util.keystr(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(added)
+    }
+    assert sizes == {
+        "['text_embedding']['embedding']": (5, 16),
+        "['text_position']": (3, 16),
+        "['text_linear']['kernel']": (16, 16),
+        "['text_linear']['bias']": (16,),
+    }
+    shared = {name: params[name].keys() for name in without}
+    assert shared == {name: leaf.keys() for name, leaf in without.items()}
+    assert run(network, params, X, TIME, TOKENS).shape == X.shape
+
+
+def test_text_starts_as_the_zero_function_too():
+    network = DiT(**(SIZES | TEXT))
+    params = jax.jit(network.init)(jax.random.key(0), X, TIME, TOKENS)["params"]
+    output = run(network, params, X, TIME, TOKENS)
+    np.testing.assert_array_equal(output, np.zeros(X.shape))
+
+
+def test_every_word_and_its_place_matter():
+    network, params = noisy_text()
+    base = np.array([2, 3, 4], np.int32)
+    rows = {
+        "as it is": base,
+        "first": [3, 3, 4],
+        "second": [2, 4, 4],
+        "last": [2, 3, 1],
+        "padded": [2, 3, 0],
+        "turned": base[::-1],
+        "null": [0, 0, 0],
+    }
+    tokens = {"tokens": np.array(list(rows.values()), np.int32)}
+    count = len(rows)
+    x, time = np.tile(X[:1], (count, 1, 1, 1)), np.tile(TIME[1:2], count)
+    outputs = np.asarray(run(network, params, x, time, tokens)).reshape(count, -1)
+    apart = np.abs(outputs[:, None] - outputs[None]).max(-1)
+    assert (apart[~np.eye(count, dtype=bool)] > 1e-3).all()
+
+
+def test_the_order_of_words_reaches_the_image_through_attention_alone():
+    """Their mean does not know it: without places in the sequence it is gone."""
+    network, params = noisy_text()
+    params = params | {"text_position": np.zeros_like(params["text_position"])}
+    turned = {"tokens": TOKENS["tokens"][:, ::-1]}
+    np.testing.assert_allclose(
+        run(network, params, X, TIME, turned),
+        run(network, params, X, TIME, TOKENS),
+        atol=1e-4,
+    )
+
+
+def test_padding_is_not_in_the_mean():
+    """With the attention shut, words act through their mean; padding adds nothing."""
+    network, params = noisy_text()
+    for index in range(SIZES["num_layers"]):
+        attention = params[f"block_{index}"]["attention"]
+        attention["to_out"] = jax.tree.map(np.zeros_like, attention["to_out"])
+    rows = np.array([[2, 0, 0], [2, 2, 2], [0, 0, 2], [3, 0, 0]], np.int32)
+    x, time = np.tile(X[:1], (4, 1, 1, 1)), np.tile(TIME[1:2], 4)
+    same, repeated, moved, other = run(network, params, x, time, {"tokens": rows})
+    np.testing.assert_allclose(repeated, same, atol=1e-5)
+    np.testing.assert_allclose(moved, same, atol=1e-5)
+    assert np.abs(other - same).max() > 1e-3
+    # And the empty prompt is a mean of nothing, whatever stands for padding.
+    empty = {"tokens": np.zeros((3, 3), np.int32)}
+    table = params["text_embedding"]["embedding"].copy()
+    table[0] = 7.0
+    filled = params | {"text_embedding": {"embedding": table}}
+    np.testing.assert_array_equal(
+        run(network, filled, X, TIME, empty), run(network, params, X, TIME, empty)
+    )
+
+
+def test_text_in_bfloat16_with_remat_and_added_scalars():
+    network, params = noisy_text(added_embeddings=())
+    expected = run(network, params, X, TIME, TOKENS)
+    other = network.clone(dtype=jnp.bfloat16, remat="dots_saveable")
+    actual = run(other, params, X, TIME, TOKENS)
+    assert actual.dtype == jnp.float32
+    assert 1e-5 < np.abs(actual - expected).max() / np.abs(expected).max() < 0.05
+
+
+def test_labels_and_text_together_are_refused():
+    network = DiT(**(SIZES | TEXT | {"num_classes": 5}))
+    with pytest.raises(ValueError, match="a dit has labels or text"):
+        jax.eval_shape(network.init, jax.random.key(0), X, TIME, LABEL | TOKENS)

@@ -18,8 +18,8 @@ FLOORS = {
     0: "schedules prediction solvers guidance objectives",
     1: "models",
     2: "conditions teachers student tokenizers",
-    3: "config validation sharding distributed interruption data batches prompts "
-    "workdir training",
+    3: "config validation sharding distributed interruption data shapes batches "
+    "prompts workdir training",
     4: "sampling evaluation summary export",
     5: "main pipeline run inspection",
 }

@@ -11,6 +11,7 @@ import safetensors.numpy
 from boot_jax.schedules import get_schedule
 from boot_jax.teachers import checkpoint
 from boot_jax.teachers.base import TeacherError
+from boot_jax.tokenizers import WordTokenizer
 
 SHAPE = (4, 4, 1)
 NETWORKS = {
@@ -26,7 +27,10 @@ NETWORKS = {
 }
 
 
-def description_of(name="dit", num_classes=None):
+WORDS = WordTokenizer(["a", "blue", "hen"], length=4)
+
+
+def description_of(name="dit", num_classes=None, tokenizer=None):
     return checkpoint.describe(
         network=name,
         network_options=NETWORKS[name],
@@ -35,6 +39,7 @@ def description_of(name="dit", num_classes=None):
         prediction_type="v_prediction",
         sample_shape=SHAPE,
         num_classes=num_classes,
+        tokenizer=tokenizer,
     )
 
 
@@ -93,6 +98,65 @@ def test_a_teacher_comes_back(tmp_path, name, num_classes):
         jax.jit(loaded.denoise)(loaded.params, x_t, t, condition),
         jax.jit(given.denoise)(params, x_t, t, condition),
     )
+
+
+def test_a_teacher_with_text_comes_back(tmp_path):
+    description = description_of(tokenizer=WORDS)
+    params = random_params(description)
+    checkpoint.save_teacher(tmp_path, description, params)
+    loaded = checkpoint.load_teacher(tmp_path, dtype=jnp.bfloat16)
+    assert loaded.text is not None and loaded.num_classes is None
+    assert loaded.network.vocab_size == 5 and loaded.network.text_length == 4
+    prompts = ["a blue hen", "a green hen"]
+    ids = loaded.text.tokenizer(prompts).ids
+    np.testing.assert_array_equal(ids, [[2, 3, 4, 0], [2, 1, 4, 0]])
+    condition = loaded.text.encode(loaded.text.params, jnp.asarray(ids))
+    np.testing.assert_array_equal(condition["tokens"], ids)
+    # A network reads what the encoder gives, and heeds it.
+    x_t = jnp.ones((2, *SHAPE))
+    given = checkpoint.load_teacher(tmp_path)
+    first, second = jax.jit(given.denoise)(params, x_t, jnp.ones(2) / 2, condition)
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    fresh = checkpoint.initialiser(given.network, SHAPE, None)(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+
+
+def test_the_fingerprint_tells_vocabularies_apart():
+    prints = []
+    for words in (["a", "blue", "hen"], ["a", "hen", "blue"], ["a", "blue", "hen"]):
+        description = description_of(tokenizer=WordTokenizer(words, length=4))
+        params = random_params(description)
+        prints.append(checkpoint.from_description(description, params).fingerprint())
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_a_description_without_text_is_what_it_was():
+    """So that runs begun before there was text go on."""
+    assert "text" not in description_of()
+    assert checkpoint.from_description(description_of()).text is None
+
+
+@pytest.mark.parametrize(
+    "text, name, words",
+    [
+        ({"length": 4}, "dit", "an object with a vocabulary and a length"),
+        ({"vocabulary": ["A"], "length": 4}, "dit", "single words in lower case"),
+        (json.loads(WORDS.to_json()), "unet", "this unet reads no text; choose dit"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused(folder, text, name, words):
+    description = description_of(name) | {"text": text}
+    (folder / "model.json").write_text(json.dumps(description))
+    with pytest.raises(TeacherError, match=words) as refusal:
+        checkpoint.load_teacher(folder)
+    assert "model.json" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_labels_and_text_together_are_refused(folder):
+    description = description_of(num_classes=3, tokenizer=WORDS)
+    (folder / "model.json").write_text(json.dumps(description))
+    with pytest.raises(TeacherError, match="a dit has labels or text"):
+        checkpoint.load_teacher(folder)
 
 
 def test_the_fingerprint_tells_teachers_apart():

@@ -1,9 +1,9 @@
 """Networks: Flax Linen, NHWC, driven by configs.
 
 All are called as ``network(x, time, condition, added)``: noisy images ``[B, H, W, C]``,
-the network's own time ``[B]``, a condition (``{"label": [B]}`` or None) and further
-scalars ``{name: [B]}`` whose embeddings are added, for the names in the module's field
-``added_embeddings``. They return ``[B, H, W, C]`` float32.
+the network's own time ``[B]``, a condition (``{"label": [B]}``, ``{"tokens": [B, L]}``
+or None) and further scalars ``{name: [B]}`` whose embeddings are added, for the names
+in the module's field ``added_embeddings``. They return ``[B, H, W, C]`` float32.
 """
 
 from typing import Any
@@ -19,6 +19,8 @@ def create_network(
     *,
     sample_shape: tuple[int, int, int],
     num_classes: int | None = None,
+    vocab_size: int | None = None,
+    text_length: int = 0,
     **options: Any,
 ) -> nn.Module:
     """A network by name, for images of one shape.
@@ -27,6 +29,8 @@ def create_network(
       name: ``dit`` or ``unet``.
       sample_shape: ``(H, W, C)``.
       num_classes: labels; one more, the null label, is added. None for none.
+      vocab_size: word ids, of texts of ``text_length`` words; None for none.
+      text_length: words in a row.
       **options: fields of `DiT`, or of a diffusers ``UNet2DModel`` config.
 
     Raises:
@@ -34,11 +38,15 @@ def create_network(
     """
     height, width, channels = sample_shape
     if name == "dit":
+        text = {"vocab_size": vocab_size, "text_length": text_length}
+        classes = {"num_classes": num_classes}
         try:
-            return DiT(out_channels=channels, num_classes=num_classes, **options)
+            return DiT(out_channels=channels, **classes, **text, **options)
         except TypeError as error:
             raise ValueError(f"the dit has no such option: {error}") from error
     if name == "unet":
+        if vocab_size is not None:
+            raise ValueError("this unet reads no text; choose dit")
         sizes = {"in_channels": channels, "out_channels": channels}
         null_label = None if num_classes is None else num_classes + 1
         config = sizes | {"num_class_embeds": null_label} | options

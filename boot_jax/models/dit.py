@@ -1,9 +1,12 @@
-"""A diffusion transformer: patches, adaLN-zero, optional class labels.
+"""A diffusion transformer: patches, adaLN-zero, optional class labels or text.
 
 After Peebles and Xie, *Scalable Diffusion Models with Transformers* (arXiv 2212.09748):
 each block is modulated by the time (and class) embedding, its residuals are gated by
 factors that start at zero, and so is the last layer, so that a new network is the zero
 function.
+
+The words of a text are tokens beside those of the image, in one self-attention (as in
+Bao et al., *U-ViT*, arXiv 2209.12152), and their mean is in the embedding, too.
 """
 
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from boot_jax.models.layers import (
 _ZEROS = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
 _NORMAL = nn.initializers.normal(0.02)
+_PADDING = 0  # the word id
 
 
 def position_embedding(height: int, width: int, dim: int) -> np.ndarray:
@@ -103,7 +107,10 @@ class DiT(nn.Module):
       num_heads: attention heads.
       mlp_ratio: width of the perceptron over ``hidden_size``.
       num_classes: number of labels; label ``num_classes`` is the null one. None for an
-        unconditional network.
+        network without.
+      vocab_size: number of word ids, of which 0 is padding; None for a network without
+        text. A network has labels or text, not both.
+      text_length: words in a row.
       added_embeddings: names of the scalars added to the time embedding: a student's.
       num_half_waves: of the added embeddings' Fourier features over [0, 1].
       attention_implementation: of `jax.nn.dot_product_attention`; None chooses.
@@ -119,6 +126,8 @@ class DiT(nn.Module):
     num_heads: int = 6
     mlp_ratio: float = 4.0
     num_classes: int | None = None
+    vocab_size: int | None = None
+    text_length: int = 0
     added_embeddings: tuple[str, ...] = ()
     num_half_waves: int = 2
     attention_implementation: AttentionImplementation | None = None
@@ -126,7 +135,11 @@ class DiT(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def _embed(
-        self, time: Array, condition: Any, added: dict[str, Array] | None
+        self,
+        time: Array,
+        condition: Any,
+        text: Array | None,
+        added: dict[str, Array] | None,
     ) -> Array:
         """The embedding ``[B, D]`` of everything but the image."""
         dim = self.hidden_size
@@ -144,6 +157,10 @@ class DiT(nn.Module):
                 name="label_embedding",
             )
             embedding = embedding + embed(condition["label"])
+        if text is not None:
+            word = (condition["tokens"] != _PADDING).astype(self.dtype)[..., None]
+            mean = (text * word).sum(1) / jnp.maximum(word.sum(1), 1)
+            embedding = embedding + _dense(dim, "text_linear", self.dtype)(mean)
         extra = AddedEmbeddings(
             self.added_embeddings,
             dim,
@@ -152,6 +169,18 @@ class DiT(nn.Module):
             name="added_embeddings",
         )
         return embedding + extra(added)
+
+    def _embed_text(self, condition: Any) -> Array:
+        """The embedding ``[B, L, D]`` of each word; padding has one, too."""
+        assert self.vocab_size is not None
+        embed = nn.Embed(
+            self.vocab_size,
+            self.hidden_size,
+            dtype=self.dtype,
+            embedding_init=_NORMAL,
+            name="text_embedding",
+        )
+        return embed(condition["tokens"])
 
     @nn.compact
     def __call__(
@@ -166,15 +195,21 @@ class DiT(nn.Module):
         Args:
           x: ``[B, H, W, C]`` float.
           time: ``[B]`` float, 0 to 1000.
-          condition: ``{"label": [B] int32}`` with ``num_classes``; else not read.
+          condition: ``{"label": [B] int32}`` with ``num_classes``, ``{"tokens": [B, L]
+            int32}`` with ``vocab_size``; else not read.
           added: ``{name: [B]}`` for the names in ``added_embeddings``.
 
         Returns:
           ``[B, H, W, out_channels]`` float32.
 
         Raises:
-          ValueError: the sizes do not divide, or the wrong scalars were added.
+          ValueError: the sizes do not divide, the wrong scalars were added, or the
+            network is to have labels and text.
         """
+        if self.num_classes is not None and self.vocab_size is not None:
+            raise ValueError(
+                "num_classes and vocab_size are both set: a dit has labels or text"
+            )
         batch, height, width, channels = x.shape
         p = self.patch_size
         if height % p or width % p or self.hidden_size % self.num_heads:
@@ -188,7 +223,13 @@ class DiT(nn.Module):
         tokens = _dense(self.hidden_size, "patch_embedding", self.dtype)(patches)
         position = position_embedding(rows, columns, self.hidden_size)
         tokens = tokens + jnp.asarray(position, tokens.dtype)[None]
-        embedding = nn.silu(self._embed(time, condition, added))
+        text = None if self.vocab_size is None else self._embed_text(condition)
+        embedding = nn.silu(self._embed(time, condition, text, added))
+        if text is not None:
+            shape = (self.text_length, self.hidden_size)
+            place = self.param("text_position", _NORMAL, shape)
+            text = text + jnp.asarray(place, text.dtype)[None]
+            tokens = jnp.concatenate([text, tokens], axis=1)
         block = rematerialised(DiTBlock, self.remat)
         for index in range(self.num_layers):
             tokens = block(
@@ -198,6 +239,7 @@ class DiT(nn.Module):
                 self.dtype,
                 name=f"block_{index}",
             )(tokens, embedding)
+        tokens = tokens[:, -rows * columns :]  # those of the image
         modulation = _dense(2 * self.hidden_size, "modulation", self.dtype, _ZEROS)
         shift, scale = jnp.split(modulation(embedding)[:, None], 2, axis=-1)
         tokens = _norm("norm_out", self.dtype)(tokens) * (1 + scale) + shift

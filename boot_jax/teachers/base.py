@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from jax import Array
 from boot_jax.guidance import Denoiser, guide
 from boot_jax.prediction import THRESHOLDING, Thresholding, expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
+from boot_jax.tokenizers import Tokenizer
 
 
 class TeacherError(ValueError):
@@ -33,24 +34,6 @@ class Decoder:
     decode: Callable[[Any, Array], Array]
     params: Any
     image_shape: tuple[int, int, int]
-
-
-class Tokenizer(Protocol):
-    """Prompts to tokens; see `boot_jax.tokenizers`."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one prompt's tokens."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides what it gives."""
-        ...
-
-    def __call__(self, prompts: Sequence[str]) -> Any:
-        """``ids [N, *row_shape] int32``, and ``truncated [N] bool``."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Our own teachers: one folder with ``model.json`` and ``model.safetensors``.
 
 ``model.json`` says all that the weights do not: network and its options, schedule,
-prediction type, shape and classes. So a folder is complete, small, and free of pickles.
+prediction type, shape, and the classes or the vocabulary. So a folder is complete,
+small, and free of pickles.
 """
 
 import json
@@ -20,7 +21,13 @@ from jax import Array
 
 from boot_jax.models import create_network
 from boot_jax.schedules import get_schedule
-from boot_jax.teachers.base import Teacher, TeacherError, network_denoiser
+from boot_jax.teachers.base import (
+    Teacher,
+    TeacherError,
+    TextEncoder,
+    network_denoiser,
+)
+from boot_jax.tokenizers import WordTokenizer
 
 FORMAT = "boot_jax teacher, version 1"
 _DESCRIPTION, _WEIGHTS = "model.json", "model.safetensors"
@@ -35,8 +42,10 @@ def describe(
     prediction_type: str,
     sample_shape: tuple[int, int, int],
     num_classes: int | None,
+    tokenizer: WordTokenizer | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``, from which `from_description` builds a teacher."""
+    text = {} if tokenizer is None else {"text": json.loads(tokenizer.to_json())}
     return {
         "format": FORMAT,
         "network": {"name": network, **network_options},
@@ -44,6 +53,7 @@ def describe(
         "prediction_type": prediction_type,
         "sample_shape": list(sample_shape),
         "num_classes": num_classes,
+        **text,
     }
 
 
@@ -63,10 +73,12 @@ def from_description(
     try:
         sample_shape = tuple(description["sample_shape"])
         num_classes = description["num_classes"]
+        text = _text_encoder(description.get("text"))
         network = create_network(
             **description["network"],
             sample_shape=sample_shape,
             num_classes=num_classes,
+            **_text_sizes(text),
             **overrides,
         )
         schedule = get_schedule(**description["schedule"])
@@ -86,7 +98,27 @@ def from_description(
         num_classes=num_classes,
         network=network,
         prediction_type=prediction_type,
+        text=text,
     )
+
+
+def _text_encoder(description: Mapping[str, Any] | None) -> TextEncoder | None:
+    """Of a network that reads words itself."""
+    if description is None:
+        return None
+    return TextEncoder(
+        tokenizer=WordTokenizer.from_json(json.dumps(description)),
+        encode=lambda params, tokens: {"tokens": tokens},
+        params={},
+    )
+
+
+def _text_sizes(text: TextEncoder | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    assert isinstance(text.tokenizer, WordTokenizer)
+    (length,) = text.tokenizer.row_shape
+    return {"vocab_size": text.tokenizer.vocabulary_size, "text_length": length}
 
 
 def initialiser(
@@ -96,8 +128,12 @@ def initialiser(
 
     def init(key: Array) -> Any:
         image, time = jnp.zeros((1, *sample_shape)), jnp.zeros((1,))
-        label = jnp.zeros((1,), jnp.int32)
-        condition = None if num_classes is None else {"label": label}
+        condition = None
+        if num_classes is not None:
+            condition = {"label": jnp.zeros((1,), jnp.int32)}
+        if getattr(network, "vocab_size", None) is not None:
+            length: int = network.text_length  # type: ignore[attr-defined]
+            condition = {"tokens": jnp.zeros((1, length), jnp.int32)}
         return network.init(key, image, time, condition)["params"]
 
     return jax.jit(init)

@@ -23,6 +23,7 @@ from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
 from boot_jax.prediction import expand, from_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
+from boot_jax.tokenizers import PADDING
 from boot_jax.training import health
 from boot_jax.training.state import TrainState, update_ema
 
@@ -153,9 +154,9 @@ def denoising_loss(
 ) -> Loss:
     """Teacher training: the mean squared error of what the network predicts.
 
-    Times are uniform in ``[t_min, 1]``, stratified over the batch. For
-    class-conditional networks a share ``label_dropout`` of the labels becomes the null
-    label, so that the teacher can be guided.
+    Times are uniform in ``[t_min, 1]``, stratified over the batch. A share
+    ``label_dropout`` of the labels becomes the null label, or of the batch's captions
+    ``tokens [B, L]`` the empty prompt, so that the teacher can be guided.
     """
     times_of = Objective(kind="continuous", t_min=t_min, delta=1e-3)
     dropout: Any = {"deterministic": False} if getattr(network, "dropout", 0.0) else {}
@@ -176,13 +177,19 @@ def denoising_loss(
             dropped = jax.random.bernoulli(label_key, label_dropout, label.shape)
             label = jnp.where(dropped, conditions.num_classes, label)
             inputs["label"] = _split(label, microbatches)
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+            dropped = jax.random.bernoulli(label_key, label_dropout, tokens.shape[:1])
+            tokens = jnp.where(expand(dropped, tokens), PADDING, tokens)
+            inputs["tokens"] = _split(tokens, microbatches)
         return inputs
 
     def value(
         params: Any, ema_params: Any, frozen: None, inputs: dict[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
         x_0, eps, t = inputs["x_0"], inputs["eps"], inputs["t"]
-        condition = {"label": inputs["label"]} if "label" in inputs else None
+        told = {name: inputs[name] for name in ("label", "tokens") if name in inputs}
+        condition = told or None
         x_t = add_noise(schedule, x_0, eps, t)
         output = network.apply(
             {"params": params},

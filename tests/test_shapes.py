@@ -1,0 +1,217 @@
+"""The drawn shapes: what captions say is what images show, and the judge sees it."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from boot_jax import shapes
+from boot_jax.batches import batches
+from boot_jax.data import DataError, load
+from boot_jax.tokenizers import WordTokenizer
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    indices = np.arange(600)
+    captions = shapes.captions_of(indices)
+    return captions, shapes.images_of(captions, indices)
+
+
+def test_captions_are_distinct_sentences_of_few_words():
+    captions = shapes.captions()
+    assert len(set(captions)) == len(captions) == 3 * 6 * 4 * 5 * 3
+    assert {"a red circle", "a small blue cross at left on black"} <= set(captions)
+    tokenizer = WordTokenizer.from_prompts(captions)
+    assert tokenizer.row_shape == (8,)
+    words = [*shapes.COLOURS, *shapes.SHAPES, *shapes.SIZES]
+    words += [*shapes.PLACES, *shapes.BACKGROUNDS, "a", "at", "on"]
+    assert tokenizer.vocabulary == tuple(sorted(words))
+
+
+def test_an_image_is_a_function_of_seed_and_index(drawn):
+    captions, images = drawn
+    some = np.array([7, 3, 599])
+    assert shapes.captions_of(some) == [captions[index] for index in some]
+    np.testing.assert_array_equal(
+        shapes.images_of([captions[index] for index in some], some), images[some]
+    )
+    assert shapes.captions_of(np.arange(600), seed=1) != captions
+    assert (
+        (shapes.images_of(captions, np.arange(600), seed=1) != images)
+        .any((1, 2, 3))
+        .all()
+    )
+
+
+def test_images_are_in_range_and_anti_aliased(drawn):
+    images = drawn[1]
+    assert images.dtype == np.float32 and images.shape == (600, 16, 16, 3)
+    assert images.min() == -1 and images.max() == 1
+    # Most images have pixels between background and colour, in every channel pair.
+    values = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+    assert np.mean(np.array(values) > 4) > 0.9
+
+
+def test_all_captions_are_as_likely():
+    captions = shapes.captions_of(np.arange(108_000))
+    _, counts = np.unique(captions, return_counts=True)
+    assert len(counts) == 1080
+    # A Poisson count of mean 100 has a deviation of 10.
+    assert 9 < counts.std() < 11 and 95 < np.median(counts) < 105
+
+
+def many(caption: str, count: int = 200) -> np.ndarray:
+    return shapes.images_of([caption] * count, np.arange(count))
+
+
+def coverage(images: np.ndarray) -> np.ndarray:
+    """Of black backgrounds: where there is anything."""
+    return (images > -0.99).any(-1)
+
+
+def test_the_words_of_a_caption_are_seen():
+    small, large = (
+        coverage(many(f"a {size} red square on black")).sum((1, 2))
+        for size in ("small", "large")
+    )
+    assert small.max() < large.min()
+    grid = np.arange(16) - 7.5
+    for place, (down, right) in shapes.PLACES.items():
+        shown = coverage(many(f"a small red circle at {place} on black"))
+        rows = (shown * grid[:, None]).sum((1, 2)) / shown.sum((1, 2))
+        columns = (shown * grid).sum((1, 2)) / shown.sum((1, 2))
+        assert (rows * down + columns * right > 1).all()
+        assert (np.abs(rows * right + columns * down) < 1.5).all()
+    for ground, value in (("white", 1), ("black", -1)):
+        corner = many(f"a small red circle on {ground}")[:, 0, 0]
+        np.testing.assert_array_equal(corner, np.full((200, 3), value))
+
+
+def test_what_a_caption_leaves_open_varies():
+    images = many("a red circle")
+    white = images[:, 0, 0, 1] > 0.9
+    assert 70 < white.sum() < 130
+    areas = coverage(images[~white]).sum((1, 2))
+    assert areas.max() > 2 * areas.min()
+
+
+def test_a_caption_of_other_words_is_refused():
+    with pytest.raises(KeyError, match="a red hexagon"):
+        shapes.images_of(["a red hexagon"], np.arange(1))
+
+
+# --- the judge
+
+
+def test_the_judge_sees_what_the_data_set_draws(drawn):
+    captions, images = drawn
+    assert shapes.accuracy(images, captions) == 1.0
+    found = shapes.recognise(images[:2])
+    assert all(
+        word in captions[index] for index in range(2) for word in found[index] if word
+    )
+
+
+def test_the_judge_is_not_led_by_the_caption(drawn):
+    captions, images = drawn
+    shuffled = shapes.accuracy(images, captions[1:] + captions[:1])
+    # One of 24 by chance.
+    assert 0.01 < shuffled < 0.09
+
+
+@pytest.mark.parametrize(
+    "harm, low, high",
+    [
+        ("slight noise", 0.9, 1.0),
+        ("slight blur", 0.9, 1.0),
+        ("heavy blur", 0.0, 0.5),
+        ("a mixture of two", 0.0, 0.2),
+        ("grey", 0.0, 0.0),
+        ("noise alone", 0.0, 0.0),
+        ("one tone", 0.0, 0.0),
+    ],
+)
+def test_the_judge_wants_clear_images(drawn, harm, low, high):
+    captions, images = drawn[0][:200], drawn[1][:200]
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    harmed = {
+        "slight noise": images + 0.05 * noise,
+        "slight blur": gaussian_filter(images, (0, 0.5, 0.5, 0)),
+        "heavy blur": gaussian_filter(images, (0, 1.2, 1.2, 0)),
+        "a mixture of two": (images + images[::-1]) / 2,
+        "grey": images.mean(-1, keepdims=True).repeat(3, -1),
+        "noise alone": noise,
+        "one tone": np.full_like(images, 0.3),
+    }[harm]
+    assert low <= shapes.accuracy(harmed, captions) <= high
+
+
+def test_diversity_is_one_for_real_images_and_less_for_collapsed_ones():
+    captions = [name for name in shapes.captions()[::90] for _ in range(12)]
+    indices = np.arange(len(captions))
+    real = shapes.images_of(captions, indices, seed=5)
+    assert shapes.diversity(real, captions) == pytest.approx(1, abs=0.1)
+    middles = real.reshape(-1, 12, 16, 16, 3)
+    middle = middles.mean(1, keepdims=True)
+    half = (middle + (middles - middle) / 2).reshape(real.shape)
+    assert shapes.diversity(half, captions) == pytest.approx(
+        shapes.diversity(real, captions) / 2
+    )
+    copies = np.repeat(middles[:, :1], 12, axis=1).reshape(real.shape)
+    assert shapes.diversity(copies, captions) == 0
+
+
+# --- as a data set
+
+
+def test_the_data_set_gives_images_and_captions(drawn):
+    dataset = load("shapes")
+    assert dataset.image_shape == (16, 16, 3) and dataset.num_classes is None
+    assert dataset.provenance == f"drawn shapes train, {len(dataset)} images 16x16x3"
+    indices = np.array([5, 2])
+    assert dataset.labels(indices) is None and dataset.captions is not None
+    captions = dataset.captions(indices)
+    assert captions == [drawn[0][5], drawn[0][2]]
+    np.testing.assert_array_equal(dataset.images(indices), drawn[1][[5, 2]])
+
+
+def test_the_test_split_has_other_images():
+    train, test = load("shapes"), load("shapes", split="test")
+    indices = np.arange(500)
+    assert 0 < len(test) < len(train)
+    kept = {image.tobytes() for image in train.images(np.arange(5000))}
+    assert not any(image.tobytes() in kept for image in test.images(indices))
+    assert shapes.accuracy(test.images(indices), test.captions(indices)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"split": "valid"}, "shapes has no split 'valid': use 'train' or 'test'"),
+        ({"image_size": 32}, "shapes are RGB 16x16 images: leave out image_size"),
+        ({"channels": 1}, "shapes are RGB 16x16 images: leave out image_size"),
+    ],
+)
+def test_impossible_requests_are_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        load("shapes", **options)
+
+
+def test_batches_bring_the_tokens_of_their_captions():
+    dataset = load("shapes")
+    tokenizer = WordTokenizer.from_prompts(shapes.captions())
+    reader = batches(dataset, 4, seed=3, steps_per_dispatch=2, tokenizer=tokenizer)
+    batch = next(reader)
+    reader.close()
+    assert batch["tokens"].shape == (2, 4, 8) and batch["tokens"].dtype == np.int32
+    words = [
+        " ".join(tokenizer.vocabulary[word - 2] for word in row if word)
+        for row in batch["tokens"].reshape(8, 8)
+    ]
+    assert shapes.accuracy(batch["image"].reshape(8, 16, 16, 3), words) == 1.0
+    without = batches(dataset, 4, seed=3)
+    assert next(without).keys() == {"image"}
+    without.close()
+    no_captions = batches(load("digits"), 4, seed=3, tokenizer=tokenizer)
+    assert "tokens" not in next(no_captions)
+    no_captions.close()
