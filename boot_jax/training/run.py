@@ -88,6 +88,7 @@ def train(
     mesh: Mesh,
     metadata: Mapping[str, Any],
     interruption: Interruption,
+    show: Callable[[int, Any], None] | None = None,
 ) -> TrainState:
     """Trains until ``training.num_steps``, from the newest checkpoint if there is one.
 
@@ -107,6 +108,7 @@ def train(
       mesh: where arrays live.
       metadata: kept in every checkpoint; see `Checkpoints`.
       interruption: what may ask the run to stop.
+      show: called with step and moving average every ``run.sample_every`` steps.
 
     Returns:
       The state at the last step, saved.
@@ -148,6 +150,7 @@ def train(
         run.steps_per_dispatch or default_dispatch(config.network.name),
         training.num_steps,
         run.checkpoint_every,
+        run.sample_every,
         start,
     )
     train_step = make_train_step(
@@ -197,6 +200,8 @@ def train(
             logger=logger,
             interruption=interruption,
             watchdog=Watchdog(run.watchdog_seconds),
+            show=show,
+            show_every=run.sample_every,
         )
     finally:
         # Nothing that this meets may hide what has happened. A peer that is gone would
