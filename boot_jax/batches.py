@@ -41,7 +41,7 @@ def batch_indices(
         order = _permutation(num_examples, seed, epoch)
         epoch_start = epoch * num_examples
         parts.append(order[max(start - epoch_start, 0) : stop - epoch_start])
-    return np.concatenate(parts)
+    return np.concatenate(parts).astype(np.int64)
 
 
 def batches(
@@ -68,8 +68,7 @@ def batches(
     Yields:
       ``{"image": [k, B, H, W, C] float32 in [-1, 1], "label": [k, B] int32}``, without
       "label" where the data set has none; where it has captions, a tokenizer's
-      ``"tokens": [k, B, *row_shape] int32``, too. The thread that reads ahead ends when
-      the generator is closed, dropped or has raised.
+      ``"tokens": [k, B, *row_shape] int32``, too; see `read_ahead`.
 
     Raises:
       DataError: a size, seed or step that cannot be; while iterating, a bad image.
@@ -96,12 +95,17 @@ def batches(
             batch["tokens"] = ids.reshape(*indices.shape, *ids.shape[1:])
         return batch
 
-    return _read_ahead(read, start_step, steps_per_dispatch)
+    return read_ahead(read, start_step, steps_per_dispatch)
 
 
-def _read_ahead(
+def read_ahead(
     read: Callable[[int], Batch], start: int, stride: int
 ) -> Generator[Batch, None, None]:
+    """Gives ``read(start)``, ``read(start + stride)``, ... without end.
+
+    The next one is read in a thread while the consumer works; the thread ends when the
+    generator is closed, dropped or has raised.
+    """
     thread = concurrent.futures.ThreadPoolExecutor(1, "boot_jax-batches")
     is_finalizing = sys.is_finalizing  # at the interpreter's end, sys may be gone
     try:
@@ -115,10 +119,12 @@ def _read_ahead(
         thread.shutdown(wait=not is_finalizing())
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     words = _random_words(num_examples, seed, _ORDER_STREAM, epoch)
-    return np.argsort(words, kind="stable")
+    order = np.argsort(words, kind="stable")
+    # Half the memory, which counts for tens of millions.
+    return order.astype(np.uint32) if num_examples <= 2**32 else order
 
 
 def _random_words(count: int, seed: int, stream: int, index: int) -> np.ndarray:

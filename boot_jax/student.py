@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from boot_jax.guidance import SCALE_KEY
+from boot_jax.guidance import SCALE_KEY, of_student
 from boot_jax.objectives import Signal
 from boot_jax.prediction import expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
-from boot_jax.teachers.base import Teacher, TeacherError
+from boot_jax.teachers.base import Teacher, TeacherError, example_condition
 
 TIME_CONDITIONINGS = ("added", "reused")
 
@@ -133,6 +133,7 @@ def _signal(
             low, high = guidance_range
             added[SCALE_KEY] = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
             condition = {k: leaf for k, leaf in condition.items() if k != SCALE_KEY}
+        condition = of_student(condition)
         x_t = expand(schedule.prior_scale(start), eps) * eps
         output = network.apply(
             {"params": params},
@@ -156,10 +157,8 @@ def _initialiser(
         names: tuple[str, ...] = network.added_embeddings  # type: ignore[attr-defined]
         one = jnp.zeros((1,))
         image = jnp.zeros((1, *teacher.sample_shape))
-        condition = {"label": jnp.zeros((1,), jnp.int32)}
-        if teacher.num_classes is None:
-            condition = None
         added = dict.fromkeys(names, one)
+        condition = example_condition(teacher)
         return network.init(key, image, one, condition, added)["params"]
 
     def init(key: Array) -> Any:

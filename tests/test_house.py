@@ -19,7 +19,7 @@ FLOORS = {
     1: "models",
     2: "conditions teachers student tokenizers",
     3: "config validation sharding distributed interruption data shapes batches "
-    "workdir training",
+    "prompts workdir training",
     4: "sampling evaluation summary export",
     5: "main pipeline run inspection",
 }

@@ -127,37 +127,41 @@ def test_kills_at_any_moment_change_nothing(tmp_path, environment):
     )
 
 
-# What a run says, by which the moment of a signal is chosen: (words, seconds after).
+# What a run says, by which the moment of a signal is chosen: (words, seconds after,
+# which training has many steps, whether it has everything to compile).
 MOMENTS = [
-    (None, 1.5),  # while it starts
-    (None, 2.5),
-    ("checkpoints/0", 0.0),  # the teacher's first step is being compiled
-    ("checkpoints/0", 0.6),
-    ("teacher:", 0.2),
-    ("student:", 0.0),
-    ("student:", 0.15),
-    ("evaluate: teacher's ODE", 0.3),  # being compiled
-    ("evaluate: student", 0.1),
-    ("evaluate: error over target time", 0.05),
+    (None, 1.5, "teacher", True),  # while it starts
+    (None, 2.5, "teacher", True),
+    ("checkpoints/0", 0.0, "teacher", True),  # the first step is being compiled
+    ("checkpoints/0", 0.6, "teacher", True),
+    ("teacher:", 0.2, "teacher", False),
+    ("student:", 0.0, "student", False),
+    ("student:", 0.15, "student", False),
+    ("evaluate: teacher's ODE", 0.3, "neither", True),
+    ("evaluate: student", 0.1, "neither", False),
+    ("evaluate: error over target time", 0.05, "neither", False),
 ]
+MANY, FEW = 3000, 50
 
 
-@pytest.mark.parametrize("words, seconds", MOMENTS)
+@pytest.mark.parametrize("words, seconds, long, compiles", MOMENTS)
 def test_a_request_to_stop_is_answered_at_any_moment(
-    tmp_path_factory, environment, words, seconds
+    tmp_path_factory, environment, words, seconds, long, compiles
 ):
     tmp_path = tmp_path_factory.mktemp("asked")
-    flags = (
+    steps = {"teacher": FEW, "student": FEW} | {long: MANY}
+    flags = [
         write_config(tmp_path, DIGITS),
         f"--workdir={tmp_path / 'run'}",
-        "--config.teacher.training.num_steps=3000",
-        "--config.distill.num_steps=3000",
+        f"--config.teacher.training.num_steps={steps['teacher']}",
+        f"--config.distill.num_steps={steps['student']}",
         "--config.run.tensorboard=False",
         "--config.evaluation.ode_steps=200",
         "--config.evaluation.num_images=128",
-    )
-    # Another cache, so that there is something to compile.
-    own = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    ]
+    own = dict(environment)
+    if compiles:
+        own["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
     log = tmp_path / "log"
     with log.open("w") as sink:
         process = subprocess.Popen(
@@ -190,14 +194,13 @@ def test_a_request_to_stop_is_answered_at_any_moment(
     if saved is not None:
         assert reached == int(saved.group(1))
     assert saved_state(folder, reached)
-    out = run(
-        own,
-        *flags[:2],
-        "--mode=teacher" if folder.name == "teacher" else "--mode=distill",
-        *flags[2:],
-    )
+    # The same command goes on; a little will do to see it.
+    end = max(reached + 10, FEW)
+    name = "teacher.training" if folder.name == "teacher" else "distill"
+    mode = "teacher" if folder.name == "teacher" else "distill"
+    out = run(own, *flags, f"--mode={mode}", f"--config.{name}.num_steps={end}")
     assert "warning" not in out
-    assert max(whole_steps(folder)) == 3000
+    assert max(whole_steps(folder)) == end
 
 
 TOPOLOGIES = {"1x8": (1, 8), "2x4": (2, 4), "1x1": (1, 1)}
@@ -237,6 +240,29 @@ def launch(environment, topology, *flags, seconds=300, code=0) -> str:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def launch_in_background(environment, *flags) -> subprocess.Popen[str]:
+    """Two processes of one device each."""
+    return subprocess.Popen(
+        ["bash", str(LAUNCHER), "--processes=2", "--devices=1", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pids_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Of both processes, as the launcher says them."""
+    assert process.stdout is not None
+    pids: dict[int, int] = {}
+    while len(pids) < 2:
+        found = re.search(r"process (\d): pid (\d+)", process.stdout.readline())
+        if found:
+            pids[int(found.group(1))] = int(found.group(2))
+    return pids
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
@@ -283,23 +309,9 @@ def test_one_of_two_processes_is_killed(tmp_path, environment, victim):
         "--config.run.watchdog_seconds=20",
         f"--workdir={workdir}",
     )
-    process = subprocess.Popen(
-        [
-            *("bash", str(LAUNCHER), "--processes=2", "--devices=1", "--grace=90"),
-            *(config, *flags, f"--config.distill.num_steps={FAR}"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    pids: dict[int, int] = {}
-    while len(pids) < 2:
-        found = re.search(r"process (\d): pid (\d+)", process.stdout.readline())
-        if found:
-            pids[int(found.group(1))] = int(found.group(2))
+    end = f"--config.distill.num_steps={FAR}"
+    process = launch_in_background(environment, "--grace=90", config, *flags, end)
+    pids = pids_of(process)
     wait_for_a_step_after(19, workdir, process)
     os.kill(pids[victim], signal.SIGKILL)
     killed = time.monotonic()
@@ -318,22 +330,9 @@ def test_one_of_two_processes_is_killed(tmp_path, environment, victim):
 def test_two_processes_stop_at_one_step_when_one_is_asked(tmp_path, environment):
     config = write_config(tmp_path, MIXTURE).removeprefix("--config=")
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            *("bash", str(LAUNCHER), "--processes=2", "--devices=1", config, *MOVING),
-            *(f"--workdir={workdir}", f"--config.distill.num_steps={FAR}"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    pid = None
-    while pid is None:
-        found = re.search(r"process 1: pid (\d+)", process.stdout.readline())
-        pid = int(found.group(1)) if found else None
+    flags = (*MOVING, f"--workdir={workdir}", f"--config.distill.num_steps={FAR}")
+    process = launch_in_background(environment, config, *flags)
+    pid = pids_of(process)[1]
     wait_for_a_step_after(19, workdir, process)
     os.kill(pid, signal.SIGINT)
     code, out = finish(process, 60)
@@ -347,23 +346,10 @@ def test_a_process_that_hangs_ends_all(tmp_path, environment):
     """Stopped, not dead: nothing is closed, and only time tells."""
     config = write_config(tmp_path, MIXTURE).removeprefix("--config=")
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            *("bash", str(LAUNCHER), "--processes=2", "--devices=1", "--grace=5"),
-            *(config, *MOVING, "--config.run.watchdog_seconds=20"),
-            *(f"--workdir={workdir}", f"--config.distill.num_steps={FAR}"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    pid = None
-    while pid is None:
-        found = re.search(r"process 1: pid (\d+)", process.stdout.readline())
-        pid = int(found.group(1)) if found else None
+    flags = (*MOVING, f"--workdir={workdir}", f"--config.distill.num_steps={FAR}")
+    watchdog = "--config.run.watchdog_seconds=20"
+    process = launch_in_background(environment, "--grace=5", config, *flags, watchdog)
+    pid = pids_of(process)[1]
     wait_for_a_step_after(19, workdir, process)
     os.kill(pid, signal.SIGSTOP)
     code, out = finish(process, 120)

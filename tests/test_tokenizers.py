@@ -104,6 +104,7 @@ def test_ids_with_added_tokens_are_those_of_transformers(tmp_path, normalized):
     assert [vocabulary[token] for token in ("!", START, END)] == [0, 630, 631]
     tokens = ClipTokenizer.from_folder(folder)(PROMPTS)
     assert 632 in tokens.ids
+    assert ClipTokenizer.from_folder(folder).vocabulary_size == 634
     np.testing.assert_array_equal(tokens.ids, reference_ids(folder, 77))
 
 
@@ -261,6 +262,9 @@ def test_a_pair_stacks_the_ids_of_both(tmp_path):
     # A literal end token is one token to both, but "!" breaks words of the second only.
     tokens = pair(PROMPTS)
     assert pair.row_shape == (2, 77)
+    assert first.vocabulary_size == int(first([END]).ids.max()) + 1 == 632
+    larger = WordTokenizer([str(i) for i in range(1000)], 77)
+    assert PairTokenizer(first, larger).vocabulary_size == 1002
     assert tokens.ids.shape == (len(PROMPTS), 2, 77)
     np.testing.assert_array_equal(tokens.ids[:, 0], first(PROMPTS).ids)
     np.testing.assert_array_equal(tokens.ids[:, 1], second(PROMPTS).ids)

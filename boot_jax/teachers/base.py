@@ -2,17 +2,19 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from boot_jax.guidance import Denoiser, guide
 from boot_jax.prediction import THRESHOLDING, Thresholding, expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
+from boot_jax.tokenizers import Tokenizer
 
 
 class TeacherError(ValueError):
@@ -32,24 +34,6 @@ class Decoder:
     decode: Callable[[Any, Array], Array]
     params: Any
     image_shape: tuple[int, int, int]
-
-
-class Tokenizer(Protocol):
-    """Prompts to tokens; see `boot_jax.tokenizers`."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one prompt's tokens."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides what it gives."""
-        ...
-
-    def __call__(self, prompts: Sequence[str]) -> Any:
-        """``ids [N, *row_shape] int32``, and ``truncated [N] bool``."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +115,18 @@ class Teacher:
         return digest.hexdigest()[:16]
 
 
+def example_condition(teacher: Teacher) -> Any:
+    """A condition of leading size 1 in the shapes that a teacher takes; zeros."""
+    if teacher.text is not None:
+        text = teacher.text
+        tokens = jnp.zeros((1, *text.tokenizer.row_shape), jnp.int32)
+        shapes = jax.eval_shape(text.encode, text.params, tokens)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if teacher.num_classes is None:
+        return None
+    return {"label": jnp.zeros((1,), jnp.int32)}
+
+
 def network_denoiser(
     network: nn.Module, schedule: NoiseSchedule, prediction_type: str
 ) -> Denoiser:
@@ -163,14 +159,17 @@ def as_sampled(
     null_condition: Any = None,
     guidance_scale: float | None = 1.0,
     thresholding: str | Thresholding = "none",
+    **guidance: Any,
 ) -> Denoiser:
     """The teacher exactly as its sampler runs it: guided first, then thresholded.
 
     Args:
       denoise: the plain denoiser.
-      null_condition: of the unconditional half; None switches guidance off.
+      null_condition: of the unconditional half, or where it is; see
+        `boot_jax.guidance.guide`. None switches guidance off.
       guidance_scale: ``w``; 1 switches guidance off, None reads it from the condition.
       thresholding: ``none``, ``clip`` or ``dynamic``; or one with its numbers.
+      **guidance: ``interval`` and ``rescale`` of `boot_jax.guidance.guide`.
 
     Raises:
       ValueError: the thresholding is not known.
@@ -183,7 +182,7 @@ def as_sampled(
             f"choose one of {sorted(THRESHOLDING)}"
         )
     if null_condition is not None and guidance_scale != 1.0:
-        denoise = guide(denoise, null_condition, guidance_scale)
+        denoise = guide(denoise, null_condition, guidance_scale, **guidance)
     return lambda params, x_t, t, condition: thresholding(
         denoise(params, x_t, t, condition)
     )

@@ -191,9 +191,11 @@ class Checkpoints:
             )
             # Among several processes the others do not know: this one stops, and so
             # do they.
-            if self._failures >= MOST_FAILURES or jax.process_count() > 1:
+            if jax.process_count() > 1:
                 raise self._unwritable(why) from error
             self._open()  # forgets the save that failed, and clears away what it left
+            if self._failures >= MOST_FAILURES:
+                raise self._unwritable(why) from error
             return False
         return True
 

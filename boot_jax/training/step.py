@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding
 
-from boot_jax.conditions import Conditions
+from boot_jax.conditions import Conditions, Encode
 from boot_jax.guidance import Denoiser
 from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
 from boot_jax.prediction import expand, from_x_0
@@ -95,19 +95,22 @@ def distillation_loss(
     sample_shape: tuple[int, ...],
     batch_size: int,
     batch_sharding: NamedSharding | None = None,
+    encode: Encode | None = None,
 ) -> Loss:
     """The objective on noise, times and conditions that it draws itself: no data.
 
-    ``batch_sharding`` says where the inputs ``[m, B / m, ...]`` live.
+    ``batch_sharding`` says where the inputs ``[m, B / m, ...]`` live. With ``encode``
+    (of `boot_jax.conditions.prompt_encoder`) batches are of prompts, and ``frozen`` is
+    ``{"teacher": its parameters, "text": the encoder's}`` instead of the former alone.
     """
 
-    def draw(batch: None, key: Array, progress: Any, microbatches: int) -> Any:
+    def draw(batch: Any, key: Array, progress: Any, microbatches: int) -> Any:
         noise_key, time_key, condition_key = jax.random.split(key, 3)
         # Drawn in its last shape: drawn flat, and reshaped, every device would have to
         # make the noise of all.
         shape = (microbatches, batch_size // microbatches, *sample_shape)
         times = draw_times(objective, time_key, batch_size, progress)
-        condition = conditions.draw(condition_key, batch_size)
+        condition = conditions.draw(condition_key, batch_size, batch)
         drawn = (
             jax.random.normal(noise_key, shape),
             *_split((times, condition), microbatches),
@@ -120,9 +123,13 @@ def distillation_loss(
         params: Any, ema_params: Any, frozen: Any, inputs: Any, key: Array
     ) -> tuple[Array, dict[str, Array]]:
         eps, t, condition = inputs
+        teacher_params = frozen
+        if encode is not None:
+            teacher_params = frozen["teacher"]
+            condition = encode(frozen["text"], condition)
         return LOSSES[objective.kind](
             params,
-            frozen,
+            teacher_params,
             eps,
             t,
             condition,

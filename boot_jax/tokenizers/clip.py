@@ -1,17 +1,13 @@
-"""Prompts to token ids, on the host: as CLIP has it, in pairs for SDXL, or by words.
+"""CLIP's tokenizer out of a pipeline's folder, by the ``tokenizers`` library alone.
 
-A tokenizer is called with prompts and gives `Tokens`: ids of one shape a prompt, and
-which prompts were longer than that. `ClipTokenizer` gives the ids of
-``transformers.CLIPTokenizerFast``, but needs the ``tokenizers`` library alone.
+It gives the ids of ``transformers.CLIPTokenizerFast``.
 """
 
 import functools
-import hashlib
 import json
 import pathlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import (
@@ -23,49 +19,15 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
+from boot_jax.tokenizers.base import TokenizerError, Tokens, hash_of
+
 #: What CLIP's text encoders take where a folder names no length.
 CLIP_LENGTH = 77
-
-PADDING, UNKNOWN = 0, 1  # Of `WordTokenizer`; its words come after them.
 
 # Contractions, words, single digits, runs of anything else (Radford et al., 2021).
 _CLIP_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be made; the message says what is wrong with it."""
-
-
-class Tokens(NamedTuple):
-    """The ids of some prompts.
-
-    Attributes:
-      ids: ``[N, *row_shape]`` int32.
-      truncated: ``[N]`` bool, whether a prompt was longer than its row.
-    """
-
-    ids: np.ndarray
-    truncated: np.ndarray
-
-
-class Tokenizer(Protocol):
-    """Maps prompts to ids; a pure function, which ``fingerprint`` stands for."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one prompt's ids."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        ...
-
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """The ids of prompts."""
-        ...
 
 
 class ClipTokenizer:
@@ -122,10 +84,15 @@ class ClipTokenizer:
         return (self._length,)
 
     @functools.cached_property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id, with those of special tokens."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of vocabulary, merges, rules, special tokens and length."""
         specials = (self._length, self._start_id, self._end_id, self._pad_id)
-        return _hash(self._backend.to_str(), specials)
+        return hash_of(self._backend.to_str(), specials)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids ``[N, L]`` of prompts; the backend's threads share the work."""
@@ -143,144 +110,6 @@ class ClipTokenizer:
             ids[row, 1 : len(pieces) + 1] = pieces
             ids[row, len(pieces) + 1] = self._end_id
         return Tokens(ids, truncated)
-
-
-class PairTokenizer:
-    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read."""
-
-    def __init__(self, first: Tokenizer, second: Tokenizer):
-        """The tokenizers of the first and of the second text encoder."""
-        if first.row_shape != second.row_shape:
-            raise TokenizerError(
-                "both tokenizers of a pair must give rows of one shape, not "
-                f"{first.row_shape} and {second.row_shape}"
-            )
-        self._both = (first, second)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """``(2, L)``."""
-        return (2, *self._both[0].row_shape)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of both fingerprints."""
-        return _hash("pair", *(tokenizer.fingerprint for tokenizer in self._both))
-
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """Ids ``[N, 2, L]``; truncated is what either of both truncates."""
-        first, second = (tokenizer(prompts) for tokenizer in self._both)
-        return Tokens(
-            np.stack([first.ids, second.ids], axis=1),
-            first.truncated | second.truncated,
-        )
-
-
-class WordTokenizer:
-    """One id a word, for small teachers of one's own.
-
-    Words are what white space separates, in lower case. Id 0 is padding, 1 an unknown
-    word, 2 and up are the words of the vocabulary.
-
-    Example:
-        >>> tokenizer = WordTokenizer.from_prompts(["a red fox", "A blue hen"])
-        >>> tokenizer(["a blue fox", "a green hen sings"]).ids.tolist()
-        [[2, 3, 4], [2, 1, 5]]
-        >>> tokenizer.unknown_words(["a green hen sings"])
-        {'green': 1, 'sings': 1}
-    """
-
-    def __init__(self, vocabulary: Sequence[str], length: int):
-        """The words, each once and in lower case, and how many a row holds."""
-        if length < 1:
-            raise TokenizerError(f"a row must hold at least 1 word, not {length}")
-        for word, count in Counter(vocabulary).items():
-            if count > 1 or _words(word) != [word]:
-                raise TokenizerError(
-                    f"a vocabulary has single words in lower case, each once: {word!r}"
-                )
-        self.vocabulary = tuple(vocabulary)
-        self._length = length
-        self._ids = {word: i for i, word in enumerate(vocabulary, UNKNOWN + 1)}
-
-    @classmethod
-    def from_prompts(
-        cls, prompts: Iterable[str], length: int | None = None
-    ) -> "WordTokenizer":
-        """A tokenizer of all words in some prompts, sorted.
-
-        Args:
-          prompts: read once.
-          length: words in a row; by default as many as the longest prompt has.
-        """
-        words: set[str] = set()
-        longest = 1
-        for prompt in prompts:
-            found = _words(prompt)
-            words.update(found)
-            longest = max(longest, len(found))
-        return cls(sorted(words), longest if length is None else length)
-
-    @classmethod
-    def from_json(cls, text: str) -> "WordTokenizer":
-        """The tokenizer that `to_json` wrote."""
-        try:
-            fields = json.loads(text)
-            vocabulary, length = fields["vocabulary"], fields["length"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(
-                "a word tokenizer's JSON is an object with a vocabulary and a length"
-            ) from error
-        return cls(vocabulary, length)
-
-    def to_json(self) -> str:
-        """All of it, as a JSON object."""
-        fields = {"length": self._length, "vocabulary": self.vocabulary}
-        return json.dumps(fields, ensure_ascii=False)
-
-    @property
-    def row_shape(self) -> tuple[int]:
-        """``(L,)``: the number of words in a row."""
-        return (self._length,)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of ids, with those of padding and of the unknown word."""
-        return len(self.vocabulary) + UNKNOWN + 1
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the vocabulary and of the length."""
-        return _hash("words", self.to_json())
-
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """Ids ``[N, L]`` of prompts."""
-        ids = np.full((len(prompts), self._length), PADDING, np.int32)
-        truncated = np.zeros(len(prompts), bool)
-        for row, prompt in enumerate(prompts):
-            words = _words(prompt)
-            truncated[row] = len(words) > self._length
-            known = [self._ids.get(word, UNKNOWN) for word in words[: self._length]]
-            ids[row, : len(known)] = known
-        return Tokens(ids, truncated)
-
-    def unknown_words(self, prompts: Iterable[str]) -> dict[str, int]:
-        """The words that are not in the vocabulary, and how often; frequent ones first."""
-        counts = Counter(
-            word
-            for prompt in prompts
-            for word in _words(prompt)
-            if word not in self._ids
-        )
-        return dict(counts.most_common())
-
-
-def _words(text: str) -> list[str]:
-    return text.lower().split()
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
 def _backend(

@@ -1,0 +1,88 @@
+"""What a tokenizer is, and two of them side by side."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be made; the message says what is wrong with it."""
+
+
+class Tokens(NamedTuple):
+    """The ids of some prompts.
+
+    Attributes:
+      ids: ``[N, *row_shape]`` int32.
+      truncated: ``[N]`` bool, whether a prompt was longer than its row.
+    """
+
+    ids: np.ndarray
+    truncated: np.ndarray
+
+
+class Tokenizer(Protocol):
+    """Maps prompts to ids; a pure function, which ``fingerprint`` stands for."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one prompt's ids."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """The ids of prompts."""
+        ...
+
+
+class PairTokenizer:
+    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read."""
+
+    def __init__(self, first: Tokenizer, second: Tokenizer):
+        """The tokenizers of the first and of the second text encoder."""
+        if first.row_shape != second.row_shape:
+            raise TokenizerError(
+                "both tokenizers of a pair must give rows of one shape, not "
+                f"{first.row_shape} and {second.row_shape}"
+            )
+        self._both = (first, second)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """``(2, L)``."""
+        return (2, *self._both[0].row_shape)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """That of the larger vocabulary."""
+        return max(tokenizer.vocabulary_size for tokenizer in self._both)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of both fingerprints."""
+        return hash_of("pair", *(tokenizer.fingerprint for tokenizer in self._both))
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """Ids ``[N, 2, L]``; truncated is what either of both truncates."""
+        first, second = (tokenizer(prompts) for tokenizer in self._both)
+        return Tokens(
+            np.stack([first.ids, second.ids], axis=1),
+            first.truncated | second.truncated,
+        )
+
+
+def hash_of(*parts: Any) -> str:
+    """A hash of parts that `str` tells apart."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
