@@ -261,6 +261,17 @@ def test_transformers_go_out_with_the_one_file_pipeline(tmp_path, options):
     assert_same_samples(our_samples(finished, torch_noise(finished, 2), labels), kept)
 
 
+def test_diffusers_has_no_transformer_that_reads_words():
+    finished = finished_student("dit")
+    network = finished.network.clone(vocab_size=5, text_length=3)
+    student = dataclasses.replace(finished.student, network=network)
+    with pytest.raises(
+        ExportError, match=r"labels, and this one reads text; use"
+    ) as no:
+        stock_model(dataclasses.replace(finished, student=student))
+    assert "\n" not in str(no.value)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

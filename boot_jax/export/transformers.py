@@ -75,10 +75,16 @@ def convert_dit(finished: FinishedStudent) -> StockModel:
     """Folds a student that is our own DiT.
 
     Raises:
-      ExportError: its images are not square, or its perceptrons too wide.
+      ExportError: it reads text, its images are not square, or its perceptrons are too
+        wide.
     """
     network, (height, width, channels) = finished.network, finished.sample_shape
     assert isinstance(network, DiT)
+    if network.vocab_size is not None:
+        raise ExportError(
+            "diffusers' transformer takes class labels, and this one reads text; use "
+            "the exported jax/ files"
+        )
     if height != width:
         raise ExportError(
             f"diffusers' transformer makes square images only, not {height}x{width}"
