@@ -1,7 +1,10 @@
-"""The published configs of Stable Diffusion's networks, and tiny ones of their kinds."""
+"""The published configs of Stable Diffusion's networks, and tiny ones like them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import torch
 
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -94,6 +97,13 @@ TINY_XL: dict[str, Any] = TINY | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
 }
+
+
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+    """Lets others' Flax classes promote ranks and types, which tests forbid."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def randomised(model: Any) -> Any:

@@ -38,7 +38,7 @@ COUNTS_OR_NONE += ("projection_class_embeddings_input_dim",)
 COUNTS_A_LEVEL = ("layers_per_block", "attention_head_dim")
 COUNTS_A_LEVEL += ("transformer_layers_per_block",)
 
-# Fields of ``UNet2DConditionModel``, at the values that leave the network as it is here.
+# Other fields of ``UNet2DConditionModel``, at the values that leave the network plain.
 _PLAIN: dict[str, Any] = {
     "only_cross_attention": False,
     "reverse_transformer_layers_per_block": None,
@@ -295,7 +295,7 @@ class TextUNet(nn.Module):
         )
 
     def _a_level(self, field: str) -> tuple[int, ...]:
-        """A field's number for each level, from the highest resolution to the lowest."""
+        """A field's number for each level, from the highest resolution on."""
         value = getattr(self, field)
         one = isinstance(value, int)
         return (value,) * len(self.block_out_channels) if one else value
@@ -317,7 +317,7 @@ def _check(unet: TextUNet) -> None:
                 refuse(field, choice, " or ".join(map(repr, choices)))
     for field in COUNTS + COUNTS_OR_NONE:
         value, optional = getattr(unet, field), field in COUNTS_OR_NONE
-        if not (is_count(value) or optional and value is None):
+        if not (is_count(value) or (optional and value is None)):
             refuse(field, value, "a positive integer" + " or None" * optional)
     widths = unet.block_out_channels
     for field in COUNTS_A_LEVEL:

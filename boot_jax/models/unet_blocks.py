@@ -179,7 +179,7 @@ def last_layers(
     epsilon: float,
     activation: str = "silu",
 ) -> Array:
-    """The last norm and convolution of a UNet, in float32: ``[B, H, W, _]`` to output."""
+    """The last norm and convolution of a UNet, in float32: ``[B, H, W, _]``."""
     norm = (num_groups, epsilon, jnp.float32)
     x = layers.group_norm(x, *norm, name="conv_norm_out")
     precision = jax.lax.Precision.HIGHEST
