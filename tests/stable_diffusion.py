@@ -6,6 +6,10 @@ from typing import Any
 
 import jax
 import torch
+from diffusers.utils import logging
+from flax.traverse_util import flatten_dict
+
+from boot_jax.models.weights import diffusers_name
 
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -101,9 +105,12 @@ TINY_XL: dict[str, Any] = TINY | {
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """Lets others' Flax classes promote ranks and types, which tests forbid."""
+    """Lets diffusers' Flax classes promote ranks and types, and keeps them quiet."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+    logging.set_verbosity(verbosity)
 
 
 def randomised(model: Any) -> Any:
@@ -116,3 +123,15 @@ def randomised(model: Any) -> Any:
             elif parameter.ndim == 1:
                 parameter.normal_(0.0, 0.3)
     return model.eval()
+
+
+def torch_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes that parameters of ours have in PyTorch, by their names there."""
+
+    def turned(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-3:-1], *shape[:-2]) if leaf == "kernel" else shape
+
+    return {
+        diffusers_name(path): turned(path[-1], leaf.shape)
+        for path, leaf in flatten_dict(params).items()
+    }

@@ -13,12 +13,10 @@ import pytest
 import stable_diffusion
 import torch
 from diffusers import UNet2DConditionModel
-from flax.traverse_util import flatten_dict
 from stable_diffusion import TINY, TINY_XL
 
 from boot_jax.models.text_unet import TextUNet
 from boot_jax.models.weights import (
-    diffusers_name,
     from_diffusers,
     read_weights,
     to_diffusers,
@@ -150,12 +148,6 @@ def test_flax_weights_give_what_flax_gives_within_its_deviations(
     np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
 
 
-def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if leaf != "kernel":
-        return shape
-    return (*shape[:-3:-1], *shape[:-2])
-
-
 @pytest.mark.parametrize("name", ["SD_1_5", "SD_2_1", "SDXL"])
 def test_full_size_has_the_parameters_of_pytorch(name: str):
     """Without making them: every name and shape, and their number."""
@@ -168,10 +160,7 @@ def test_full_size_has_the_parameters_of_pytorch(name: str):
         condition |= {"pooled": jnp.zeros((1, 1280)), "time_ids": jnp.zeros((1, 6))}
     size = config["sample_size"]
     shapes = template(network, jnp.zeros((1, size, size, 4)), jnp.zeros(1), condition)
-    named = {
-        diffusers_name(path): torch_shape(path[-1], leaf.shape)
-        for path, leaf in flatten_dict(shapes).items()
-    }
+    named = stable_diffusion.torch_shapes(shapes)
     assert named == {k: tuple(v.shape) for k, v in model.state_dict().items()}
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == sum(parameter.numel() for parameter in model.parameters())
