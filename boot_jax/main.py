@@ -58,15 +58,10 @@ def main() -> int:
     except (AttributeError, KeyError) as error:
         hint = str(error.args[0]).replace('"', "'").splitlines()
         return _refuse("the config has no field " + ". ".join(hint))
-    except OSError as error:
-        return _refuse(
-            f"the config cannot be read: {str(error).strip().splitlines()[-1]}"
-        )
-    except (flags.Error, TypeError, ValueError) as error:
-        if "Traceback" in str(error):
-            return _refuse(
-                f"the config cannot be read: {str(error).strip().splitlines()[-1]}"
-            )
+    except (OSError, flags.Error, TypeError, ValueError) as error:
+        if isinstance(error, OSError) or "Traceback" in str(error):
+            last = str(error).strip().splitlines()[-1].strip()
+            return _refuse(f"the config cannot be read: {last}")
         return _refuse(" ".join(str(error).split()))
     # After the flags, so that a misspelt one is answered at once.
     from boot_jax import interruption

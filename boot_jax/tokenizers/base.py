@@ -1,6 +1,5 @@
 """What a tokenizer is, and two of them side by side."""
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -69,7 +68,7 @@ class PairTokenizer:
         """That of the larger vocabulary."""
         return max(tokenizer.vocabulary_size for tokenizer in self._both)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of both fingerprints."""
         return hash_of("pair", *(tokenizer.fingerprint for tokenizer in self._both))

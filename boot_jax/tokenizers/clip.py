@@ -88,7 +88,7 @@ class ClipTokenizer:
         """One more than the largest id, with those of special tokens."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of vocabulary, merges, rules, special tokens and length."""
         specials = (self._length, self._start_id, self._end_id, self._pad_id)

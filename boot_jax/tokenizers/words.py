@@ -1,6 +1,5 @@
 """One id a word, for small teachers of one's own."""
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,7 +83,7 @@ class WordTokenizer:
         """The number of ids, with those of padding and of the unknown word."""
         return len(self.vocabulary) + UNKNOWN + 1
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the vocabulary and of the length."""
         return hash_of("words", self.to_json())
