@@ -47,7 +47,13 @@ class Tokenizer(Protocol):
 
 
 class PairTokenizer:
-    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read."""
+    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read.
+
+    Attributes:
+      row_shape: ``(2, L)``.
+      vocabulary_size: that of the larger vocabulary.
+      fingerprint: a hash of both fingerprints.
+    """
 
     def __init__(self, first: Tokenizer, second: Tokenizer):
         """The tokenizers of the first and of the second text encoder."""

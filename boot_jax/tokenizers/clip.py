@@ -35,6 +35,11 @@ class ClipTokenizer:
     A row is the start token, the prompt, the end token, then padding; of a prompt that
     is too long the beginning is kept, between both tokens. Text is brought to Unicode
     NFC, white space to single blanks, letters to lower case.
+
+    Attributes:
+      row_shape: ``(L,)``, the number of tokens in a row.
+      vocabulary_size: one more than the largest id, with those of special tokens.
+      fingerprint: a hash of vocabulary, merges, rules, special tokens and length.
     """
 
     def __init__(

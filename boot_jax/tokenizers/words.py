@@ -17,6 +17,12 @@ class WordTokenizer:
     Words are what white space separates, in lower case. Id 0 is padding, 1 an unknown
     word, 2 and up are the words of the vocabulary.
 
+    Attributes:
+      vocabulary: the words, in order of their ids.
+      row_shape: ``(L,)``, the number of words in a row.
+      vocabulary_size: the number of ids, with those of padding and the unknown word.
+      fingerprint: a hash of vocabulary and length.
+
     Example:
         >>> tokenizer = WordTokenizer.from_prompts(["a red fox", "A blue hen"])
         >>> tokenizer(["a blue fox", "a green hen sings"]).ids.tolist()
