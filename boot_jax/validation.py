@@ -160,6 +160,11 @@ def _check_guidance(config: Any) -> None:
             f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
         )
     told = config.sample.guidance_scale
+    if not drawn and told != 1.0:
+        raise ConfigError(
+            f"sample.guidance_scale is {told}, but the student was not trained on a "
+            "range of them (teacher.guidance_range); leave it at 1"
+        )
     if drawn and not drawn[0] <= told <= drawn[1]:
         raise ConfigError(
             f"sample.guidance_scale is {told}, but must lie in the range that the "

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from clip_folders import write_clip_folder
 
+from boot_jax import distributed
 from boot_jax.batches import batch_indices
 from boot_jax.data import DataError
 from boot_jax.prompts import (
@@ -445,6 +446,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     path = write_numbered(tmp_path / "a.txt", 2)
     with pytest.raises(PromptError, match=r"cannot write to .*a\.txt.* another cache_"):
         PromptCache.open(path, numbered_words(2), path / "cache")
+
+
+def test_a_folder_that_some_process_does_not_see_is_refused(tmp_path, monkeypatch):
+    path = write_numbered(tmp_path / "a.txt", 2)
+    monkeypatch.setattr(distributed, "wait_for_all", lambda condition: False)
+    with pytest.raises(
+        PromptError, match=r"not every process sees .* storage that all"
+    ):
+        PromptCache.open(path, numbered_words(2), tmp_path / "cache")
 
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path):

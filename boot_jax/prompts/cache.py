@@ -2,8 +2,8 @@
 
 They are made once. The files are read twice: the first time finds faults and prompts
 that were there before, the second time tokenises the others, some thousands at a time.
-While a cache is built, memory holds a 16-byte hash of each prompt in the files, or 50
-MB a million of them at the peak, when the hashes are sorted; nothing else grows.
+While a cache is built, memory holds a 16-byte hash of each prompt in the files; sorting
+them takes 50 MB a million at the peak. Nothing else grows.
 """
 
 import contextlib
