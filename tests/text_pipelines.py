@@ -5,6 +5,7 @@ import tempfile
 from typing import Any
 
 import clip_folders
+import jax
 import pipelines
 import stable_diffusion
 import torch
@@ -108,3 +109,42 @@ def sdxl_pipeline(**scheduler: Any) -> StableDiffusionXLPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_flax(pipeline: StableDiffusionPipeline, folder: pathlib.Path) -> None:
+    """Saves a pipeline's weights as ``FlaxStableDiffusionPipeline`` does."""
+    from diffusers import (
+        FlaxAutoencoderKL,
+        FlaxDDIMScheduler,
+        FlaxStableDiffusionPipeline,
+        FlaxUNet2DConditionModel,
+    )
+    from transformers import FlaxCLIPTextModel
+
+    with stable_diffusion.lenient():
+        unet = FlaxUNet2DConditionModel(**stable_diffusion.TINY)
+        decoder = FlaxAutoencoderKL(**pipelines.VAE)
+        text = FlaxCLIPTextModel(pipeline.text_encoder.config, _do_init=False)
+        scheduler = FlaxDDIMScheduler.from_config(pipeline.scheduler.config)
+        key = jax.random.key(0)
+        shapes = {
+            "unet": jax.eval_shape(unet.init_weights, key),
+            "vae": jax.eval_shape(decoder.init_weights, key),
+            "text_encoder": text.params_shape_tree,
+        }
+        params = {
+            name: stable_diffusion.filled(tree, getattr(pipeline, name))
+            for name, tree in shapes.items()
+        }
+        flax_pipeline = FlaxStableDiffusionPipeline(
+            vae=decoder,
+            text_encoder=text,
+            tokenizer=pipeline.tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+        )
+        flax_pipeline.save_pretrained(
+            folder, params=params | {"scheduler": scheduler.create_state()}
+        )
