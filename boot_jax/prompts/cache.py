@@ -106,7 +106,7 @@ class PromptCache:
                 raise PromptError(f"{path} changed while it was read; start again")
             return meta
 
-        name = f"tokens-{distributed.on_main(key)}"
+        name = f"tokens-{distributed.on_main(key, takes_long=True)}"
         folder = pathlib.Path(cache_dir).expanduser().absolute() / name
         return cls(folder, storage.ensure(folder, write))
 
