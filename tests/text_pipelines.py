@@ -38,6 +38,13 @@ CLIP: dict[str, Any] = {
 }
 # Noise that leaves a third of the signal: a random network then stays within colours.
 MILD = pipelines.MILD | {"timestep_spacing": "trailing", "steps_offset": 1}
+# For what takes a gradient, whose compilation grows with the levels.
+ONE_LEVEL = stable_diffusion.TINY | {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 PROMPTS = ["a small red house beside the river", "an astronaut riding a horse"]
 
 
@@ -111,7 +118,11 @@ def sdxl_pipeline(**scheduler: Any) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def save_flax(pipeline: StableDiffusionPipeline, folder: pathlib.Path) -> None:
+def save_flax(
+    pipeline: StableDiffusionPipeline,
+    folder: pathlib.Path,
+    unet_config: dict[str, Any] = stable_diffusion.TINY,
+) -> None:
     """Saves a pipeline's weights as ``FlaxStableDiffusionPipeline`` does."""
     from diffusers import (
         FlaxAutoencoderKL,
@@ -122,7 +133,7 @@ def save_flax(pipeline: StableDiffusionPipeline, folder: pathlib.Path) -> None:
     from transformers import FlaxCLIPTextModel
 
     with stable_diffusion.lenient():
-        unet = FlaxUNet2DConditionModel(**stable_diffusion.TINY)
+        unet = FlaxUNet2DConditionModel(**unet_config)
         decoder = FlaxAutoencoderKL(**pipelines.VAE)
         text = FlaxCLIPTextModel(pipeline.text_encoder.config, _do_init=False)
         scheduler = FlaxDDIMScheduler.from_config(pipeline.scheduler.config)
