@@ -33,6 +33,7 @@ from boot_jax.export.card import origin_of
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folder import write_export
 from boot_jax.interruption import Interruption
+from boot_jax.models import is_convolutional
 from boot_jax.models.weights import WeightsError
 from boot_jax.prompts import PromptError
 from boot_jax.run import Run
@@ -93,6 +94,7 @@ def distill(run: Run) -> TrainState:
         mesh=run.mesh,
         metadata=run.metadata,
         interruption=run.interruption,
+        convolutional=is_convolutional(run.student.network),
         show=gallery.TrainingGrids(run) if config.run.sample_every else None,
     )
 
@@ -185,8 +187,9 @@ def execute(
     folder = open_workdir(workdir, config)
     run = Run(config, folder, mesh, asked or Interruption())
     if mode == "teacher":
-        _ = run.teacher
-        return f"teacher: {run.workdir / 'teacher'}"
+        teacher, source = run.teacher, config.teacher
+        where = run.workdir / "teacher" if source.source == "train" else source.path
+        return f"teacher: {where or source.source} ({teacher.fingerprint()})"
     if mode == "sample":
         return f"samples: {gallery.sample(run)}"
     if mode == "export":

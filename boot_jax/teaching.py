@@ -14,6 +14,7 @@ from boot_jax import data as data_lib
 from boot_jax import distributed, sharding, summary
 from boot_jax.batches import batches
 from boot_jax.conditions import Conditions
+from boot_jax.models import is_convolutional
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError
@@ -170,6 +171,7 @@ def _train_teacher(run: "Run", folder: pathlib.Path) -> None:
         config=config,
         mesh=run.mesh,
         interruption=run.interruption,
+        convolutional=is_convolutional(network),
         metadata={
             "identity": {"model": description},
             "config": json.loads(config_lib.to_json(config)),

@@ -298,7 +298,7 @@ def test_a_latent_transformer_goes_out_in_the_stock_pipeline(tmp_path):
     )
     folder = tmp_path / "export"
     folder.mkdir()
-    save_pipeline(folder, stock_model(finished, tmp_path / "vae"), 3)
+    save_pipeline(folder, stock_model(finished, {"vae": vae}), 3)
     pipeline = diffusers.DiTPipeline.from_pretrained(folder)
     theirs = their_images(
         pipeline, class_labels=[2, 0], guidance_scale=1, num_inference_steps=1

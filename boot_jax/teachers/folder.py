@@ -18,8 +18,9 @@ _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 # What is fetched from the hub: no pickles, of the variants only the usual one, and not
-# the whole pipeline in one file that often lies beside its parts.
-_WANTED = ("*.json", "*/merges.txt", "*/*.safetensors", "*/*.msgpack")
+# the whole pipeline in one file that often lies beside its parts. The text is the
+# merges of tokenizers; the card is there for its licence.
+_WANTED = ("*.json", "*/merges.txt", "README.md", "*/*.safetensors", "*/*.msgpack")
 _WANTED += ("diffusion_pytorch_model*.safetensors", "diffusion_flax_model.msgpack")
 _UNWANTED = ("*.fp16.*", "*.bf16.*", "*non_ema*", "safety_checker/*")
 

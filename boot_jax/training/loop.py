@@ -106,11 +106,10 @@ def dispatch_length(wanted: int, *counts: int) -> int:
     return next(length for length in range(most, 0, -1) if common % length == 0)
 
 
-def default_dispatch(network_name: str) -> int:
+def default_dispatch(convolutional: bool) -> int:
     """The steps per dispatch that suit the backend: enough to hide the host's work.
 
     But on CPU, XLA runs a convolution inside a loop on one thread, several times
     slower.
     """
-    slow = jax.default_backend() == "cpu" and network_name == "unet"
-    return 1 if slow else 20
+    return 1 if convolutional and jax.default_backend() == "cpu" else 20
