@@ -105,7 +105,7 @@ def read_text_encoder(
             text = jnp.where(given[:, None, None], text, 0.0)
             pooled = jnp.where(given[:, None], pooled, 0.0)
         ids = jnp.asarray([*image_size, 0, 0, *image_size], jnp.float32)
-        ids = jnp.broadcast_to(ids[None], (len(tokens), 6))
+        ids = jnp.broadcast_to(ids[None], (*tokens.shape[:1], 6))
         return {"text": text, "pooled": pooled, "time_ids": ids}
 
     return TextEncoder(tokenizer=pair, encode=encode_xl, params=params)
