@@ -71,7 +71,7 @@ Encode = Callable[[Any, Any], Any]
 
 
 def prompt_encoder(text: TextEncoder, negative: str | None) -> Encode:
-    """What turns prompts as they are read into the condition of both networks.
+    """What turns tokens as they are read into the condition of both networks.
 
     Args:
       text: the teacher's; its parameters are the first argument of what is given.
@@ -79,36 +79,48 @@ def prompt_encoder(text: TextEncoder, negative: str | None) -> Encode:
         their own; None where there is no guidance, and so no such half.
 
     Returns:
-      ``(params, {"tokens": [B, ...], ...}) -> condition``. Names that begin with
-      ``negative_`` are of the unconditional half; what is neither is left as it is, as
-      embeddings are that were made before.
+      ``(params, {"tokens": [B, ...], ...}) -> condition``. Other entries, such as
+      ``guidance_scale``, are left as they are; ``negative_tokens`` are of the
+      unconditional half.
     """
-    negative_tokens = None
-    if negative is not None:
-        negative_tokens = np.asarray(text.tokenizer([negative]).ids)
+    tokens = None if negative is None else np.asarray(text.tokenizer([negative]).ids)
 
     def encode(params: Any, read: Any) -> Any:
-        condition, own = {}, {}
-        for name, leaf in read.items():
-            (own if name.startswith(NEGATIVE) else condition)[name] = leaf
-        own = {name.removeprefix(NEGATIVE): leaf for name, leaf in own.items()}
-        condition = _encoded(text, params, condition)
-        if negative_tokens is None:
-            return condition
-        if own:
-            return condition | {NEGATIVE_KEY: _encoded(text, params, own)}
-        null = text.encode(params, jnp.asarray(negative_tokens))
-        null = {
-            name: jnp.broadcast_to(leaf, condition[name].shape)
-            for name, leaf in null.items()
-        }
-        return condition | {NEGATIVE_KEY: null}
+        kept = {k: v for k, v in read.items() if k not in (TOKENS, NEGATIVE + TOKENS)}
+        condition = text.encode(params, read[TOKENS])
+        if tokens is None:
+            return kept | condition
+        own = read.get(NEGATIVE + TOKENS)
+        null = text.encode(params, jnp.asarray(tokens) if own is None else own)
+        return kept | condition | {NEGATIVE_KEY: _broadcast(null, condition)}
 
     return encode
 
 
-def _encoded(text: TextEncoder, params: Any, entries: dict[str, Array]) -> Any:
-    if TOKENS not in entries:
-        return entries
-    rest = {name: leaf for name, leaf in entries.items() if name != TOKENS}
-    return rest | text.encode(params, entries[TOKENS])
+def embedding_reader(guided: bool) -> Encode:
+    """The same for embeddings that were made before.
+
+    The parameters are those of the negative prompt then, ``{name: [1, ...]}``, for
+    batches that bring none of their own under ``negative_`` and the name.
+    """
+
+    def read_embeddings(params: Any, read: Any) -> Any:
+        condition = {k: v for k, v in read.items() if not k.startswith(NEGATIVE)}
+        if not guided:
+            return condition
+        own = {
+            k.removeprefix(NEGATIVE): v for k, v in read.items() if k not in condition
+        }
+        null = own or params
+        like = {name: condition[name] for name in null}
+        return condition | {NEGATIVE_KEY: _broadcast(null, like)}
+
+    return read_embeddings
+
+
+def _broadcast(tree: Any, like: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, other: jnp.broadcast_to(leaf.astype(other.dtype), other.shape),
+        tree,
+        like,
+    )

@@ -15,7 +15,7 @@ import ml_collections
 from boot_jax.objectives import Objective
 from boot_jax.schedules import NoiseSchedule, get_schedule
 
-TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers")
+TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers", "flax_pipeline")
 NETWORKS = ("dit", "unet")
 
 #: Sections that do not change what a run computes, so a workdir may go on with others.
@@ -66,16 +66,30 @@ def default_config() -> Any:
     config.seed = 0
     config.data = ml_collections.ConfigDict(
         {
-            "name": "digits",  # digits | folder | tfds:NAME | "" for none
+            "name": "digits",  # digits | shapes | folder | tfds:NAME | "" for none
             "path": "",  # of the folder, or tfds' data_dir
             "split": "train",
             "image_size": 0,  # 0: as they are
             "channels": 0,  # 0: as they are
             "random_flip": False,
             "labels": False,  # whether the teacher is class-conditional
+            "captions": False,  # whether it is text-conditional
         }
     )
-    # Not read with teacher.source="diffusers", nor are prediction_type, thresholding.
+    # Read where the teacher takes prompts.
+    config.prompts = ml_collections.ConfigDict(
+        {
+            "path": "",  # file or pattern: .txt .jsonl .csv .tsv .parquet
+            "column": "prompt",  # of all but text files
+            "negative": "",  # of the unconditional half of guidance, if no column is
+            "negative_column": "",
+            "cache_dir": "",  # of tokens; "": prompts/ in the workdir
+            # none: the text encoder runs within the step; else its embeddings are kept
+            # on disk in this type: bfloat16 | float16 | float32
+            "embeddings": "none",
+        }
+    )
+    # Not read with a teacher of diffusers, nor are prediction_type, thresholding.
     config.schedule = ml_collections.ConfigDict(
         {
             "name": "cosine",  # cosine | linear_beta | edm | flow | discrete
@@ -99,6 +113,7 @@ def default_config() -> Any:
             # What a block keeps for the backward pass: none recomputes nothing; else a
             # policy of jax.checkpoint_policies (nothing_saveable: the least memory).
             "remat": "none",
+            "attention": "auto",  # auto | xla | cudnn (16-bit; has no jvp)
             "dit": {
                 "patch_size": 2,
                 "hidden_size": 128,
@@ -121,8 +136,9 @@ def default_config() -> Any:
     )
     config.teacher = ml_collections.ConfigDict(
         {
-            "source": "train",  # train | checkpoint | mixture | diffusers
-            "path": "",  # checkpoint: a folder with model.json; diffusers: or a hub id
+            # train | checkpoint | mixture | diffusers | flax_pipeline
+            "source": "train",
+            "path": "",  # checkpoint: a folder with model.json; others: or a hub id
             "revision": "",  # of a hub id; its token is the environment's, HF_TOKEN
             "null_label": False,  # diffusers: a UNet's last class means none
             "prediction_type": "v_prediction",
@@ -130,7 +146,9 @@ def default_config() -> Any:
             "thresholding": "none",  # none | clip | dynamic
             "guidance_scale": 1.0,  # w; 1 is no guidance
             "guidance_range": (),  # (w_min, w_max): drawn, and told to the student
-            "label_dropout": 0.1,
+            "guidance_interval": (0.0, 1.0),  # of t; outside of it w is 1
+            "guidance_rescale": 0.0,  # phi, 0 to 1
+            "label_dropout": 0.1,  # of captions too
             "mixture": {  # components of the exact teacher, in H x W x C
                 "sample_shape": (1, 1, 2),
                 "means": (),  # a row of H * W * C numbers a component
@@ -184,6 +202,12 @@ def default_config() -> Any:
             "seed": 0,
             "batch_size": 64,
             "label": -1,  # -1: every class in turn
+            "prompt": "",  # "": those of sample.prompts in turn
+            "prompts": "",  # a file; "": those of prompts.path
+            "negative_prompt": "",  # of the teacher's samples; "": prompts.negative
+            "prompt_to": "",  # a second prompt, to which embeddings go in a line
+            "same_noise": False,  # all images from one noise
+            "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
         }
@@ -203,6 +227,8 @@ def default_config() -> Any:
         {
             "steps_per_dispatch": 0,  # 0: chosen by backend and network
             "log_every": 100,
+            "sample_every": 0,  # steps between grids beside the teacher's; 0: none
+            "sample_images": 8,  # in each
             "checkpoint_every": 1000,
             "keep_checkpoints": 2,  # the newest so many
             "keep_every": 0,  # steps divisible by it are kept for good; 0 for none

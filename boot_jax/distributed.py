@@ -4,6 +4,7 @@ Process 0 writes files, logs and pictures; all compute. Everything here is a pla
 when there is one process.
 """
 
+import concurrent.futures
 import json
 import os
 import time
@@ -18,6 +19,9 @@ MODES = ("auto", "on", "off")
 
 # What an error of a collective says when a peer has gone, by transport.
 _LOST_PEER = ("gloo", "nccl", "coordination", "unavailable", "deadline", "heartbeat")
+
+# How often processes meet while one of them works; gloo waits for 30 seconds.
+_MEETING_SECONDS = 5.0
 
 
 class DistributedError(ValueError):
@@ -102,11 +106,13 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def on_main(action: Callable[[], Any]) -> Any:
+def on_main(action: Callable[[], Any], *, takes_long: bool = False) -> Any:
     """Does something on process 0 alone; all get its result, or its refusal.
 
     Args:
       action: returns what JSON can hold.
+      takes_long: it may take longer than a collective waits (30 s on CPUs), so that it
+        is done in a thread, while all processes meet every few seconds.
 
     Raises:
       DistributedError: on the other processes, where ``action`` raised a ``ValueError``
@@ -114,6 +120,8 @@ def on_main(action: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return action()
+    if takes_long:
+        action = _while_all_meet(action)
     outcome: dict[str, Any] = {}
     refusal: Exception | None = None
     if is_main():
@@ -127,6 +135,17 @@ def on_main(action: Callable[[], Any]) -> Any:
     if "refusal" in outcome:
         raise DistributedError(outcome["refusal"])
     return outcome["result"]
+
+
+def _while_all_meet(action: Callable[[], Any]) -> Callable[[], Any]:
+    """Does it on process 0 while all wait; what it came to is had by a call."""
+    with concurrent.futures.ThreadPoolExecutor(1, "boot_jax-main") as thread:
+        future = thread.submit(action) if is_main() else concurrent.futures.Future()
+        done = False
+        while not done:
+            concurrent.futures.wait([future], _MEETING_SECONDS if is_main() else 0)
+            done = _broadcast({"done": future.done()})["done"]
+    return future.result
 
 
 def _broadcast(outcome: dict[str, Any]) -> dict[str, Any]:

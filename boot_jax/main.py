@@ -22,15 +22,19 @@ _MODE = flags.DEFINE_enum(
     "What to do; all does whatever is missing, and the report.",
 )
 _CLUSTER = ("distributed", "coordinator_address", "num_processes", "process_id")
-_MODES = ["auto", "on", "off"]  # auto asks the environment, on also a cloud
-flags.DEFINE_enum("distributed", "auto", _MODES, "Whether other processes take part.")
+_AMONG = ["auto", "on", "off"]  # auto asks the environment, on also a cloud
+flags.DEFINE_enum("distributed", "auto", _AMONG, "Whether other processes take part.")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "How many take part.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _PATH = flags.DEFINE_string("path", None, "inspect: a teacher, hub id or workdir.")
 _BATCH = flags.DEFINE_integer("batch_size", None, "inspect: noises in a step.")
-_NUM = flags.DEFINE_integer("num", None, "Images to sample: config.sample.num.")
-_SEED = flags.DEFINE_integer("seed", None, "Their seed: config.sample.seed.")
+_SAMPLE = ("num", "seed", "prompt", "negative_prompt", "guidance_scale")
+flags.DEFINE_integer("num", None, "Images to sample; these are config.sample's.")
+flags.DEFINE_integer("seed", None, "Their seed.")
+flags.DEFINE_string("prompt", None, "What they show.")
+flags.DEFINE_string("negative_prompt", None, "What the teacher's beside them do not.")
+flags.DEFINE_float("guidance_scale", None, "Told to a student of a range.")
 
 
 def main() -> int:
@@ -54,11 +58,10 @@ def main() -> int:
     except (AttributeError, KeyError) as error:
         hint = str(error.args[0]).replace('"', "'").splitlines()
         return _refuse("the config has no field " + ". ".join(hint))
-    except OSError as error:
-        return _refuse(f"the config cannot be read: {_last_line(error)}")
-    except (flags.Error, TypeError, ValueError) as error:
-        if "Traceback" in str(error):
-            return _refuse(f"the config cannot be read: {_last_line(error)}")
+    except (OSError, flags.Error, TypeError, ValueError) as error:
+        if isinstance(error, OSError) or "Traceback" in str(error):
+            last = str(error).strip().splitlines()[-1].strip()
+            return _refuse(f"the config cannot be read: {last}")
         return _refuse(" ".join(str(error).split()))
     # After the flags, so that a misspelt one is answered at once.
     from boot_jax import interruption
@@ -75,20 +78,14 @@ def main() -> int:
 
 
 def _config() -> Any:
-    config = _CONFIG.value
-    for name, value in (("num", _NUM.value), ("seed", _SEED.value)):
-        if value is not None:
-            config.sample[name] = value
-    return config
+    given = {name: flags.FLAGS[name].value for name in _SAMPLE}
+    _CONFIG.value.sample.update({k: v for k, v in given.items() if v is not None})
+    return _CONFIG.value
 
 
 def _workdir() -> str:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     return _WORKDIR.value or f"runs/{pathlib.Path(path).stem}"
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _refuse(message: str) -> int:

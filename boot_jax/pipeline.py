@@ -12,20 +12,17 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import (
     distributed,
+    gallery,
     interruption,
-    sampling,
     sharding,
     summary,
     validation,
@@ -36,13 +33,16 @@ from boot_jax.export.card import origin_of
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folder import write_export
 from boot_jax.interruption import Interruption
+from boot_jax.models import is_convolutional
 from boot_jax.models.weights import WeightsError
+from boot_jax.prompts import PromptError
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
 from boot_jax.teachers.mixture import sample_mixture
-from boot_jax.training.checkpoints import CheckpointError, Checkpoints
-from boot_jax.training.logs import record
-from boot_jax.training.run import state_template, train
+from boot_jax.tokenizers import TokenizerError
+from boot_jax.trained import trained_pair
+from boot_jax.training.checkpoints import CheckpointError
+from boot_jax.training.run import train
 from boot_jax.training.state import TrainState
 from boot_jax.training.step import distillation_loss
 from boot_jax.workdir import WorkdirError, open_workdir
@@ -54,8 +54,10 @@ USER_ERRORS = (
     data_lib.DataError,
     distributed.DistributedError,
     ExportError,
+    PromptError,
     sharding.MeshError,
     TeacherError,
+    TokenizerError,
     WeightsError,
     WorkdirError,
 )
@@ -81,94 +83,19 @@ def distill(run: Run) -> TrainState:
             sample_shape=teacher.sample_shape,
             batch_size=training.batch_size,
             batch_sharding=sharding.batch_sharding(run.mesh, axis=1),
+            encode=None if run.prompts is None else run.prompts.encode,
         ),
         init=run.student.init,
-        frozen=run.placed_teacher.params,
-        batches=None,
+        frozen=run.frozen,
+        batches=None if run.prompts is None else run.prompt_batches,
         key=jax.random.fold_in(key, 2**31),
         training=training,
         config=config,
         mesh=run.mesh,
         metadata=run.metadata,
         interruption=run.interruption,
-    )
-
-
-def trained_pair(run: Run) -> paired.Pair:
-    """The student of the newest checkpoint, and its teacher.
-
-    Raises:
-      CheckpointError: there is none, or it is of another run.
-    """
-    if not (run.workdir / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"there is no student in {run.workdir}; train one with --mode=distill"
-        )
-    checkpoints = Checkpoints(
-        run.workdir / "checkpoints",
-        run.metadata,
-        force=run.config.run.force,
-        record=functools.partial(record, run.workdir),
-    )
-    template = state_template(
-        run.student.init, run.config.distill, run.mesh, run.config.mesh
-    )
-    state = checkpoints.restore(template)
-    checkpoints.close()
-    scale = run.config.sample.guidance_scale if run.guidance_range else None
-    return paired.Pair(
-        signal=run.student.signal,
-        params=state.ema_params,
-        denoise=run.denoise,
-        teacher=run.placed_teacher,
-        objective=run.objective,
-        guidance_scale=scale,
-    )
-
-
-def sample(run: Run) -> pathlib.Path:
-    """Writes images of the student: one grid, and each alone.
-
-    Image ``i`` of a seed is the same whatever the batch size or the number of devices.
-    With ``sample.interpolate_to`` they lie on the great circle between image 0 of
-    either seed.
-
-    Returns:
-      The folder, under ``samples`` in the workdir.
-    """
-    options, pair = run.config.sample, trained_pair(run)
-    noise, name = pair.noise(options.seed), f"seed_{options.seed}"
-    between = options.interpolate_to >= 0
-    if options.label >= 0:
-        name += f"_label_{options.label}"
-    if pair.guidance_scale is not None:
-        name += f"_guidance_{pair.guidance_scale:g}"
-    if between:
-        noise = _great_circle(pair, options)
-        name += f"_to_{options.interpolate_to}"
-
-    def condition(indices: np.ndarray) -> Any:
-        # Between two seeds everything else is held.
-        return pair.condition(indices * (not between), options.label)
-
-    images = sampling.generate(
-        pair.student(), noise, condition, options.num, options.batch_size, run.mesh
-    ).images
-    folder = run.workdir / "samples" / name
-    images = sampling.to_images(run.teacher.decoder, images, options.batch_size)
-    distributed.on_main(lambda: summary.save_images(folder, images))
-    return folder
-
-
-def _great_circle(pair: paired.Pair, options: Any) -> Callable[[np.ndarray], Array]:
-    """Noise from image 0 of one seed to image 0 of the other, by image index."""
-    first = np.zeros(1, int)
-    start, end = (
-        pair.noise(seed)(first)[0] for seed in (options.seed, options.interpolate_to)
-    )
-    steps = max(options.num - 1, 1)
-    return lambda indices: sampling.slerp(
-        start, end, jnp.asarray(indices / steps, jnp.float32)
+        convolutional=is_convolutional(run.student.network),
+        show=gallery.TrainingGrids(run) if config.run.sample_every else None,
     )
 
 
@@ -260,10 +187,11 @@ def execute(
     folder = open_workdir(workdir, config)
     run = Run(config, folder, mesh, asked or Interruption())
     if mode == "teacher":
-        _ = run.teacher
-        return f"teacher: {run.workdir / 'teacher'}"
+        teacher, source = run.teacher, config.teacher
+        where = run.workdir / "teacher" if source.source == "train" else source.path
+        return f"teacher: {where or source.source} ({teacher.fingerprint()})"
     if mode == "sample":
-        return f"samples: {sample(run)}"
+        return f"samples: {gallery.sample(run)}"
     if mode == "export":
         return f"export: {export(run)}"
     if mode in ("all", "distill"):

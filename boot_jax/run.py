@@ -15,21 +15,18 @@ from jax.sharding import Mesh
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
-from boot_jax import distributed, sharding, summary
-from boot_jax.batches import batches
+from boot_jax import sharding, summary, teaching
 from boot_jax.conditions import Conditions
-from boot_jax.guidance import Denoiser
+from boot_jax.guidance import NEGATIVE_KEY, Denoiser, rescaling
 from boot_jax.interruption import Interruption
 from boot_jax.models import create_network
 from boot_jax.objectives import Objective
+from boot_jax.prediction import PREDICTION_TYPES
+from boot_jax.prompted import Prompts, open_prompts
+from boot_jax.prompts import prompt_batches
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
-from boot_jax.teachers import checkpoint as teacher_checkpoint
-from boot_jax.teachers.base import Teacher, TeacherError, as_sampled
-from boot_jax.teachers.diffusers import load_teacher as load_diffusers
-from boot_jax.teachers.mixture import gaussian_mixture
-from boot_jax.training.run import train
-from boot_jax.training.step import denoising_loss
+from boot_jax.teachers.base import Teacher, as_sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +73,17 @@ class Run:
     def network_overrides(self) -> dict[str, Any]:
         """Fields of a network that change no parameter."""
         network = self.config.network
-        return {"dtype": jnp.dtype(network.dtype), "remat": network.remat}
+        chosen = None if network.attention == "auto" else network.attention
+        return {
+            "dtype": jnp.dtype(network.dtype),
+            "remat": network.remat,
+            "attention_implementation": chosen,
+        }
 
     @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher; trained first, if it is ours to train and not there yet."""
-        source = self.config.teacher.source
-        if source == "mixture":
-            return _mixture(self.config.teacher.mixture, self.schedule)
-        if source == "diffusers":
-            return _imported(self)
-        folder = self.workdir / "teacher"
-        if source == "checkpoint":
-            folder = pathlib.Path(self.config.teacher.path)
-        elif not distributed.on_main(lambda: teacher_checkpoint.exists(folder)):
-            _train_teacher(self, folder)
-        loaded = teacher_checkpoint.load_teacher(folder, **self.network_overrides)
-        _check_teacher(self, loaded)
-        return loaded
+        return teaching.teacher_of(self)
 
     @functools.cached_property
     def placed_teacher(self) -> Teacher:
@@ -104,11 +94,54 @@ class Run:
             host = np.asarray(leaf)
             return host.astype(dtype) if host.dtype == np.float32 else host
 
-        params = jax.tree.map(kept, self.teacher.params)
-        where = sharding.parameter_shardings(
-            params, self.mesh, mesh.teacher_rules, mesh.fsdp_min_size
-        )
-        return dataclasses.replace(self.teacher, params=sharding.place(params, where))
+        def placed(params: Any) -> Any:
+            params = jax.tree.map(kept, params)
+            where = sharding.parameter_shardings(
+                params, self.mesh, mesh.teacher_rules, mesh.fsdp_min_size
+            )
+            return sharding.place(params, where)
+
+        text = self.teacher.text
+        if text is not None:
+            text = dataclasses.replace(text, params=placed(text.params))
+        params = placed(self.teacher.params)
+        return dataclasses.replace(self.teacher, params=params, text=text)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts | None:
+        """The prompts to learn from; None where the teacher takes none."""
+        section, text = self.config.prompts, self.teacher.text
+        if text is not None:
+            return open_prompts(section, text, self.workdir, guided=self.is_guided)
+        if section.path:
+            raise config_lib.ConfigError(
+                "prompts.path is set, but this teacher takes no prompts; leave it empty"
+            )
+        return None
+
+    @property
+    def frozen(self) -> Any:
+        """What distillation reads and does not train, on the mesh."""
+        teacher, prompts = self.placed_teacher, self.prompts
+        if prompts is None or teacher.text is None:
+            return teacher.params
+        text = teacher.text.params
+        if prompts.rows is not prompts.cache:
+            text = sharding.place(prompts.params, sharding.replicated(self.mesh))
+        return {"teacher": teacher.params, "text": text}
+
+    def prompt_batches(self, start_step: int, steps_per_dispatch: int) -> Iterator[Any]:
+        """Prompts ``[k, B, ...]`` on the mesh."""
+        assert self.prompts is not None
+        training = self.config.distill
+        for batch in prompt_batches(
+            self.prompts.rows,
+            training.batch_size,
+            self.config.seed,
+            start_step,
+            steps_per_dispatch,
+        ):
+            yield self.placed_batch(batch)
 
     @functools.cached_property
     def student(self) -> Student:
@@ -150,30 +183,52 @@ class Run:
         """What batches are conditioned on."""
         return Conditions(self.teacher.num_classes, self.guidance_range)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the teacher has an unconditional half."""
+        teacher = self.config.teacher
+        return teacher.guidance_scale != 1.0 or bool(teacher.guidance_range)
+
     @functools.cached_property
     def denoise(self) -> Denoiser:
         """The teacher as its sampler runs it.
 
         Raises:
-          ConfigError: it is to be guided, but takes no labels, or none that means none.
+          ConfigError: it is to be guided, but takes neither prompts nor labels, or no
+            label that means none.
         """
-        teacher = self.config.teacher
-        guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
-        if guided and self.teacher.num_classes is None:
-            raise config_lib.ConfigError(
-                "guidance needs a class-conditional teacher, which this one is not; "
-                "set teacher.guidance_scale=1.0 and teacher.guidance_range=()"
+        section, teacher = self.config.teacher, self.teacher
+        if self.is_guided and teacher.text is None:
+            _check_can_be_guided(teacher)
+        null = self.conditions.null() if teacher.text is None else NEGATIVE_KEY
+        rescale = None
+        if section.guidance_rescale:
+            if teacher.prediction_type not in PREDICTION_TYPES:
+                raise config_lib.ConfigError(
+                    "teacher.guidance_rescale needs a teacher whose network predicts "
+                    f"one of {', '.join(PREDICTION_TYPES)}; set it to 0"
+                )
+            rescale = rescaling(
+                teacher.prediction_type, teacher.schedule, section.guidance_rescale
             )
-        if guided and not self.teacher.has_null_label:
-            raise config_lib.ConfigError(
-                "guidance needs a label that means none, which this teacher is not "
-                "known to have; if its last class is that, set teacher.null_label=True"
-            )
+        low, high = section.guidance_interval
         return as_sampled(
-            self.teacher.denoise,
-            null_condition=self.conditions.null(),
-            guidance_scale=None if self.guidance_range else teacher.guidance_scale,
-            thresholding=self.teacher.thresholding or teacher.thresholding,
+            teacher.denoise,
+            null_condition=null if self.is_guided else None,
+            guidance_scale=None if self.guidance_range else section.guidance_scale,
+            thresholding=teacher.thresholding or section.thresholding,
+            interval=(low, high),
+            rescale=rescale,
+        )
+
+    def placed_batch(self, batch: Any) -> Any:
+        """A global batch ``[k, B, ...]``, of which every device takes its own part."""
+        where = sharding.batch_sharding(self.mesh, axis=1)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(
+                where, leaf, leaf.shape
+            ),
+            batch,
         )
 
     @property
@@ -190,152 +245,15 @@ class Run:
         }
 
 
-def _mixture(mixture: Any, schedule: NoiseSchedule) -> Teacher:
-    shape = (-1, *mixture.sample_shape)
-    try:
-        means = np.asarray(mixture.means, np.float32).reshape(shape)
-    except ValueError as error:
+def _check_can_be_guided(teacher: Teacher) -> None:
+    if teacher.num_classes is None:
         raise config_lib.ConfigError(
-            "teacher.mixture.means must hold H * W * C numbers for each component of "
-            f"shape {tuple(mixture.sample_shape)}"
-        ) from error
-    return gaussian_mixture(means, np.asarray(mixture.scales, np.float32), schedule)
-
-
-def _check_teacher(run: Run, teacher: Teacher) -> None:
-    """Refuses a teacher that is not what the config says it is."""
-    config = run.config
-    pairs = [
-        ("schedule", teacher.schedule, run.schedule),
-        (
-            "teacher.prediction_type",
-            teacher.prediction_type,
-            config.teacher.prediction_type,
-        ),
-    ]
-    _check_images(run, teacher)
-    for field, has, wanted in pairs:
-        if has != wanted:
-            raise TeacherError(
-                f"the teacher has {field} {has}, but the config says {wanted}; "
-                f"set config.{field} to what the teacher was trained with"
-            )
-
-
-def _imported(run: Run) -> Teacher:
-    """A teacher in diffusers format, which decides its schedule and conversion."""
-    section = run.config.teacher
-    teacher = load_diffusers(
-        section.path,
-        revision=section.revision,
-        null_label=section.null_label,
-        **run.network_overrides,
-    )
-    _check_images(run, teacher)
-    if teacher.decoder is not None and run.dataset is not None:
+            "guidance needs a class-conditional teacher or one that takes prompts, "
+            "which this one is not; set teacher.guidance_scale=1.0 and "
+            "teacher.guidance_range=()"
+        )
+    if not teacher.has_null_label:
         raise config_lib.ConfigError(
-            "this teacher's samples are decoded to images, which are not yet scored "
-            'against real ones; set data.name=""'
-        )
-    return teacher
-
-
-def _check_images(run: Run, teacher: Teacher) -> None:
-    """Refuses a teacher of other images than the config's ``data``."""
-    data, dataset = run.config.data, run.dataset
-    has = height, width, channels = teacher.image_shape
-    size = data.image_size
-    wanted = (size or height, size or width, data.channels or channels)
-    if dataset is not None:
-        wanted = dataset.image_shape
-    if has != wanted:
-        raise TeacherError(
-            f"the teacher makes images of {has}, but config.data says {wanted}; set "
-            'config.data to what the teacher was trained with, or data.name="" '
-            "(with image_size=0 and channels=0) to score without real images"
-        )
-
-
-def _train_teacher(run: Run, folder: pathlib.Path) -> None:
-    """Trains with the denoising loss on real images; writes the teacher's folder."""
-    config, dataset = run.config, run.dataset
-    assert dataset is not None  # validated
-    training = config.teacher.training
-    sharding.check_batch_size(
-        "teacher.training.batch_size",
-        training.batch_size,
-        run.mesh,
-        training.microbatches,
-    )
-    num_classes = dataset.num_classes if config.data.labels else None
-    if config.data.labels and num_classes is None:
-        raise config_lib.ConfigError(
-            f"data.labels is set, but {dataset.provenance} has no labels"
-        )
-    name = config.network.name
-    options = config.network[name].to_dict()
-    description = teacher_checkpoint.describe(
-        network=name,
-        network_options=options,
-        schedule=config.schedule.name,
-        schedule_options=config_lib.schedule_options(config.schedule),
-        prediction_type=config.teacher.prediction_type,
-        sample_shape=dataset.image_shape,
-        num_classes=num_classes,
-    )
-    network = teacher_checkpoint.from_description(
-        description, **run.network_overrides
-    ).network
-    assert network is not None
-    state = train(
-        folder,
-        "teacher",
-        loss=denoising_loss(
-            network=network,
-            schedule=run.schedule,
-            prediction_type=config.teacher.prediction_type,
-            conditions=Conditions(num_classes),
-            label_dropout=config.teacher.label_dropout,
-        ),
-        init=teacher_checkpoint.initialiser(network, dataset.image_shape, num_classes),
-        frozen=None,
-        batches=functools.partial(_placed_batches, run, dataset),
-        key=jax.random.key(config.seed, impl="threefry2x32"),
-        training=training,
-        config=config,
-        mesh=run.mesh,
-        interruption=run.interruption,
-        metadata={
-            "identity": {"model": description},
-            "config": json.loads(config_lib.to_json(config)),
-            "versions": summary.versions(),
-        },
-    )
-    params = sharding.to_host(state.ema_params)
-    distributed.on_main(
-        lambda: teacher_checkpoint.save_teacher(folder, description, params)
-    )
-
-
-def _placed_batches(
-    run: Run, dataset: data_lib.Dataset, start_step: int, steps_per_dispatch: int
-) -> Iterator[Any]:
-    """Batches ``[k, B, ...]`` on the mesh, split over the second axis."""
-    where = sharding.batch_sharding(run.mesh, axis=1)
-    for batch in batches(
-        dataset,
-        run.config.teacher.training.batch_size,
-        run.config.seed,
-        start_step,
-        steps_per_dispatch,
-        random_flip=run.config.data.random_flip,
-    ):
-        if not run.config.data.labels:
-            batch = {"image": batch["image"]}
-        yield jax.tree.map(
-            # Every process reads the global batch, and places what is its own.
-            lambda leaf: jax.make_array_from_process_local_data(
-                where, leaf, leaf.shape
-            ),
-            batch,
+            "guidance needs a label that means none, which this teacher is not "
+            "known to have; if its last class is that, set teacher.null_label=True"
         )

@@ -79,6 +79,32 @@ def save_images(folder: pathlib.Path, images: np.ndarray) -> None:
         single.save(folder / f"{index:05d}.png")
 
 
+def save_grid(path: pathlib.Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Writes rows of images, each with its name, as one picture.
+
+    Args:
+      path: of the PNG; its folder is made if it is not there.
+      rows: name to ``[N, H, W, C]``; what is no image is not shown.
+    """
+    if all(images.shape[-1] in (1, 3) for images in rows.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plots.encode_png(plots.image_grid(rows)))
+
+
+def save_animation(path: pathlib.Path, images: np.ndarray, seconds: float = 4) -> None:
+    """Writes images ``[N, H, W, C]`` one after the other, as a GIF that repeats."""
+    if images.shape[-1] not in (1, 3):
+        return
+    frames = [plots.image_grid({"": image[None]}) for image in images]
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=max(20, round(1000 * seconds / len(frames))),
+        loop=0,
+    )
+
+
 def training_seconds(directory: pathlib.Path) -> float:
     """What a training took in all its sessions, out of its ``metrics.jsonl``."""
     return sum(row.get("seconds", 0.0) for row in read_metrics(directory))
@@ -144,10 +170,9 @@ def _figures(
     elif pair.teacher.image_shape[-1] in (1, 3):
         decoder = pair.teacher.decoder
         shown = {name: to_images(decoder, samples) for name, samples in rows.items()}
-        grid = plots.encode_png(plots.image_grid(shown))
-        (workdir / "samples").mkdir(exist_ok=True)
-        (workdir / "samples" / "grid.png").write_bytes(grid)
-        figures["the same noise in each column"] = grid
+        path = workdir / "samples" / "grid.png"
+        save_grid(path, shown)
+        figures["the same noise in each column"] = path.read_bytes()
     ddim = results["teacher"]["ddim"]
     figures["quality against teacher steps"] = plots.quality_against_steps(
         [int(steps) for steps in ddim],

@@ -19,8 +19,12 @@ from boot_jax.config import (
 )
 from boot_jax.models.layers import REMAT_POLICIES
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
+from boot_jax.prompts.embeddings import DTYPES
 from boot_jax.student import TIME_CONDITIONINGS, check_conversion
 from boot_jax.training.state import LEARNING_RATE_DECAYS
+
+#: What computes attention: JAX's choice, or one of its implementations.
+ATTENTION = ("auto", "xla", "cudnn")
 
 _CHOICES = {
     "teacher.source": TEACHER_SOURCES,
@@ -30,6 +34,8 @@ _CHOICES = {
     "network.name": NETWORKS,
     "network.dtype": ("float32", "bfloat16"),
     "network.remat": REMAT_POLICIES,
+    "network.attention": ATTENTION,
+    "prompts.embeddings": ("none", *DTYPES),
     "teacher.param_dtype": ("float32", "bfloat16"),
     "student.time_conditioning": TIME_CONDITIONINGS,
     "distill.decay": LEARNING_RATE_DECAYS,
@@ -45,7 +51,8 @@ _POSITIVE = tuple(
         "evaluation": "num_images num_real batch_size ode_steps error_times "
         "error_images grid_images neighbours",
         "sample": "num batch_size",
-        "run": "log_every checkpoint_every keep_checkpoints heartbeat_seconds",
+        "run": "log_every checkpoint_every keep_checkpoints heartbeat_seconds "
+        "sample_images",
         "mesh": "fsdp tensor",
     }.items()
     for name in names.split()
@@ -98,7 +105,7 @@ def _check_microbatches(config: Any, objective: Any) -> None:
 
 
 def _check_run(config: Any) -> None:
-    for name in ("keep_every", "watchdog_seconds", "spike_factor"):
+    for name in ("keep_every", "watchdog_seconds", "spike_factor", "sample_every"):
         if not config.run[name] >= 0:
             raise ConfigError(
                 f"run.{name} is {config.run[name]}, but must be positive, or 0 for none"
@@ -127,10 +134,25 @@ def _check_evaluation(evaluation: Any) -> None:
 def _check_guidance(config: Any) -> None:
     teacher = config.teacher
     guided = teacher.guidance_scale != 1.0 or teacher.guidance_range
-    if teacher.source == "train" and guided and not config.data.labels:
+    conditional = config.data.labels or config.data.captions
+    if teacher.source == "train" and guided and not conditional:
         raise ConfigError(
-            "guidance needs a class-conditional teacher: set data.labels=True, or "
+            "guidance needs a class-conditional teacher (set data.labels=True) or one "
+            "that takes prompts (data.captions=True); or set "
             "teacher.guidance_scale=1.0 and an empty teacher.guidance_range"
+        )
+    if config.data.labels and config.data.captions:
+        raise ConfigError("data.labels and data.captions are both set; choose one")
+    low, high = interval = tuple(teacher.guidance_interval)
+    if not 0 <= low < high <= 1:
+        raise ConfigError(
+            f"teacher.guidance_interval is {interval}, but must be (t_low, t_high) in "
+            "[0, 1]; all of it is (0.0, 1.0)"
+        )
+    if not 0 <= teacher.guidance_rescale <= 1:
+        raise ConfigError(
+            f"teacher.guidance_rescale is {teacher.guidance_rescale}, but must lie in "
+            "[0, 1]"
         )
     drawn = tuple(teacher.guidance_range)
     if drawn and (len(drawn) != 2 or not drawn[0] <= drawn[1]):
@@ -138,10 +160,31 @@ def _check_guidance(config: Any) -> None:
             f"teacher.guidance_range is {drawn}, but must be (w_min, w_max) or empty"
         )
     told = config.sample.guidance_scale
+    if not drawn and told != 1.0:
+        raise ConfigError(
+            f"sample.guidance_scale is {told}, but the student was not trained on a "
+            "range of them (teacher.guidance_range); leave it at 1"
+        )
     if drawn and not drawn[0] <= told <= drawn[1]:
         raise ConfigError(
             f"sample.guidance_scale is {told}, but must lie in the range that the "
             f"student learns, teacher.guidance_range = {drawn}"
+        )
+
+
+def _check_attention(config: Any) -> None:
+    if config.network.attention != "cudnn":
+        return
+    if config.network.dtype != "bfloat16":
+        raise ConfigError(
+            "network.attention is 'cudnn', which computes in 16 bits: set "
+            "network.dtype='bfloat16', or network.attention='auto'"
+        )
+    objective = config.objective
+    if objective.kind == "continuous" and objective.derivative == "jvp":
+        raise ConfigError(
+            "network.attention is 'cudnn', which has no jvp: set "
+            "objective.derivative='finite_difference' or network.attention='xla'"
         )
 
 
@@ -157,6 +200,7 @@ def validate(config: Any) -> None:
     _check_training("distill", config.distill)
     _check_evaluation(config.evaluation)
     _check_guidance(config)
+    _check_attention(config)
     _check_run(config)
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
@@ -178,7 +222,8 @@ def validate(config: Any) -> None:
             "train on (digits, folder or tfds:NAME)"
         )
     source = config.teacher.source
-    if source in ("checkpoint", "diffusers") and not config.teacher.path:
+    folders = ("checkpoint", "diffusers", "flax_pipeline")
+    if source in folders and not config.teacher.path:
         file = "model.json" if source == "checkpoint" else "model_index.json"
         hint = f"but teacher.path is empty; give the folder that holds {file}"
         raise ConfigError(f"teacher.source is {source!r}, {hint}")

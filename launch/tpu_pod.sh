@@ -22,7 +22,7 @@ usage: launch/tpu_pod.sh [--dry-run] --name=NAME --zone=ZONE --type=TYPE
   --repo     what runs: a local git checkout, uncommitted changes included (this one), or
              a URL to clone
   --branch   of the URL
-  --workdir  a place that all workers see: gs://BUCKET/FOLDER, or an absolute path
+  --workdir  a folder on storage that all workers have mounted: an absolute path
   --dry-run  print the first commands, run nothing
 
 A preempted TPU, or one that no longer answers, is deleted and created again; a run that
@@ -77,8 +77,8 @@ if [[ -z "$version" ]]; then
     *) refuse "no software is known for --type=$type; name it with --version=RUNTIME" ;;
   esac
 fi
-[[ "$workdir" == *://?* || "$workdir" == /?* ]] ||
-  refuse "--workdir=gs://BUCKET/FOLDER is needed, or an absolute path that workers share"
+[[ "$workdir" == /?* ]] ||
+  refuse "--workdir=/FOLDER is needed: an absolute path that all workers have mounted"
 if [[ "$repo" == *://* || "$repo" == *@*:* ]]; then
   [[ "$config" == *.py ]] || refuse "which config? a file of the repository"
   from_url=("$repo" ${branch:+"$branch"})

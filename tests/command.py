@@ -11,6 +11,7 @@ from absl import flags
 _OURS = (
     *("config", "workdir", "mode", "num", "seed", "path", "batch_size", "distributed"),
     *("coordinator_address", "num_processes", "process_id"),
+    *("prompt", "negative_prompt", "guidance_scale"),
 )
 
 DIGITS = """

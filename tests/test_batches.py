@@ -100,6 +100,10 @@ def test_permutations_are_not_made_anew_in_each_step():
     assert batching._permutation.cache_info().misses == before
 
 
+def test_a_permutation_takes_four_bytes_an_example():
+    assert batching._permutation(1000, 0, 0).nbytes == 4000
+
+
 @pytest.mark.parametrize(
     "wrong", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)]
 )

@@ -6,9 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+    rescale_noise_cfg,
+)
 from scipy.stats import kstest
 
-from boot_jax.guidance import SCALE_KEY, draw_guidance_scale, guide
+from boot_jax.guidance import (
+    NEGATIVE_KEY,
+    SCALE_KEY,
+    draw_guidance_scale,
+    guide,
+    of_student,
+    rescaling,
+)
+from boot_jax.prediction import to_x_0
+from boot_jax.schedules import CosineSchedule
 from boot_jax.teachers.base import as_sampled
 
 BATCH, SHAPE = 3, (2, 2, 1)
@@ -131,6 +144,47 @@ def test_drawn_scales_are_uniform():
     assert scale.shape == (1000,)
     assert 2 <= scale.min() <= scale.max() < 6
     assert kstest((scale - 2) / 4, "uniform").pvalue > 1e-3
+
+
+def test_the_negative_half_may_come_with_the_condition():
+    condition = {"label": LABEL, NEGATIVE_KEY: {"label": jnp.asarray([3, 1, 0])}}
+    denoise = Denoiser()
+    actual = guide(denoise, NEGATIVE_KEY, 4.0)(PARAMS, X_T, T, condition)
+    expected = by_two_calls(LABEL, [3, 1, 0], np.full(BATCH, 4.0))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    # The student never sees it.
+    assert of_student(condition).keys() == {"label"}
+    assert of_student(None) is None
+
+
+def test_outside_of_its_interval_it_does_not_guide():
+    guided = guide(Denoiser(), NULL, 4.0, interval=(0.4, 0.8))
+    actual = guided(PARAMS, X_T, T, {"label": LABEL})  # t is 0.1, 0.5, 0.9
+    expected = by_two_calls(LABEL, [3, 3, 3], np.asarray([1.0, 4.0, 1.0]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("factor", [0.7, 1.0])
+def test_rescaling_is_that_of_diffusers(prediction_type, factor):
+    """Of what the network predicts: there, and turned into an image here."""
+    schedule = CosineSchedule()
+    alpha, sigma = schedule.alpha(T), schedule.sigma(T)
+    keys = jax.random.split(jax.random.key(3), 2)
+    outputs = [jax.random.normal(key, X_T.shape) * 1.5 for key in keys]
+
+    def denoise(params, x_t, t, condition):
+        both = jnp.concatenate([outputs[1], outputs[0]])
+        a, s = jnp.tile(alpha, 2), jnp.tile(sigma, 2)
+        return to_x_0(prediction_type, both, x_t, a, s)
+
+    rescale = rescaling(prediction_type, schedule, factor)
+    guided = guide(denoise, NULL, 5.0, rescale=rescale)
+    actual = guided(PARAMS, X_T, T, {"label": LABEL})
+    given, without = (torch.from_numpy(np.array(output)) for output in outputs)
+    theirs = rescale_noise_cfg(without + 5 * (given - without), given, factor)
+    expected = to_x_0(prediction_type, jnp.asarray(theirs.numpy()), X_T, alpha, sigma)
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
 
 # --- the teacher as its sampler runs it

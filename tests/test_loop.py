@@ -40,12 +40,14 @@ def test_a_dispatch_divides_everything(wanted, counts, length):
 
 
 @pytest.mark.parametrize(
-    "backend, network, steps",
-    [("cpu", "unet", 1), ("cpu", "dit", 20), ("gpu", "unet", 20), ("tpu", "dit", 20)],
+    "backend, convolutional, steps",
+    [("cpu", True, 1), ("cpu", False, 20), ("gpu", True, 20), ("tpu", False, 20)],
 )
-def test_convolutions_on_cpu_are_dispatched_alone(monkeypatch, backend, network, steps):
+def test_convolutions_on_cpu_are_dispatched_alone(
+    monkeypatch, backend, convolutional, steps
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert default_dispatch(network) == steps
+    assert default_dispatch(convolutional) == steps
 
 
 class Recorder:

@@ -17,9 +17,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from boot_jax.conditions import TOKENS
 from boot_jax.evaluation import metrics
 from boot_jax.evaluation.features import FeatureExtractor
-from boot_jax.guidance import Denoiser
+from boot_jax.guidance import SCALE_KEY, Denoiser
 from boot_jax.objectives import Objective, Signal
 from boot_jax.prediction import expand
 from boot_jax.sampling import (
@@ -46,6 +47,8 @@ class Pair:
       teacher: its parameters, schedule, shape and classes.
       objective: for ``t_min`` and ``t_max``.
       guidance_scale: told to a student that was trained on a range; else None.
+      tokens: of prompts, ``[N, *row_shape]``, for images in turn; None without prompts.
+      encode: condition with tokens to the one that both are called with, on the device.
     """
 
     signal: Signal
@@ -54,23 +57,30 @@ class Pair:
     teacher: Teacher
     objective: Objective
     guidance_scale: float | None = None
+    tokens: np.ndarray | None = None
+    encode: Callable[[Any], Any] = lambda condition: condition
 
     def student(self) -> Generator:
         """The one-step generator."""
-        return one_step(self.signal, self.params, self.objective)
+        return self._encoded(one_step(self.signal, self.params, self.objective))
+
+    def _encoded(self, generator: Generator) -> Generator:
+        return lambda eps, condition: generator(eps, self.encode(condition))
 
     def sampler(
         self, num_steps: int, solver: str = "ddim", power: float = 1.0
     ) -> Generator:
         """The teacher's sampler; see `boot_jax.sampling.many_steps`."""
-        return many_steps(
-            self.denoise,
-            self.teacher.params,
-            self.teacher.schedule,
-            num_steps,
-            t_max=self.objective.t_max,
-            solver=solver,
-            power=power,
+        return self._encoded(
+            many_steps(
+                self.denoise,
+                self.teacher.params,
+                self.teacher.schedule,
+                num_steps,
+                t_max=self.objective.t_max,
+                solver=solver,
+                power=power,
+            )
         )
 
     def ode(self, num_steps: int) -> Generator:
@@ -86,7 +96,13 @@ class Pair:
         return lambda indices: image_noise(seed, indices, self.teacher.sample_shape)
 
     def condition(self, indices: np.ndarray, label: int = -1) -> Any:
-        """The condition of images: every class in turn, or one."""
+        """The condition of images: every prompt or class in turn, or one class."""
+        if self.tokens is not None:
+            condition = {TOKENS: self.tokens[indices % len(self.tokens)]}
+            if self.guidance_scale is not None:
+                told = np.full(len(indices), self.guidance_scale, np.float32)
+                condition[SCALE_KEY] = told
+            return condition
         return conditions_for(
             indices,
             self.teacher.num_classes,
@@ -225,6 +241,7 @@ def error_over_time(
     indices = np.arange(num)
     drawn = pair.noise(options["seed"])(indices), pair.condition(indices)
     eps, condition = place(drawn, batch_sharding(mesh))
+    condition = pair.encode(condition)
 
     @jax.jit
     def step(

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from boot_jax.models.dit import DiT
+from boot_jax.models.text_unet import TextUNet
 from boot_jax.models.unet import UNet
 
 
@@ -53,3 +54,8 @@ def create_network(
         size = height if height == width else (height, width)
         return UNet.from_config({"sample_size": size} | config)
     raise ValueError(f"network {name!r} is not known; choose dit or unet")
+
+
+def is_convolutional(network: nn.Module) -> bool:
+    """Whether a network is one of the UNets."""
+    return isinstance(network, (UNet, TextUNet))

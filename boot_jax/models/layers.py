@@ -151,14 +151,16 @@ class AddedEmbeddings(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers around a SiLU, in float32; diffusers' layer of that name."""
+    """Two linear layers around an activation, in float32, as in diffusers."""
 
     features: int
+    activation: str = "silu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps ``x [B, K]`` to ``[B, features]``."""
-        hidden = nn.silu(nn.Dense(self.features, name="linear_1")(x))
+        hidden = nn.Dense(self.features, name="linear_1")(x)
+        hidden = ACTIVATIONS[self.activation](hidden)
         return nn.Dense(self.features, name="linear_2")(hidden)
 
 
@@ -219,10 +221,13 @@ def dot_product_attention(
     key: Array,
     value: Array,
     implementation: AttentionImplementation | None,
+    *,
+    is_causal: bool = False,
 ) -> Array:
     """Attention over ``[B, N, heads, D]``, in the dtype of its arguments.
 
-    On CPU in float32 throughout: XLA has no 16-bit product for small shapes there.
+    Logits and softmax are float32 whatever the dtype; on CPU all is, as XLA has no
+    16-bit product for small shapes there. A causal one reads only what comes before.
     """
     dtype = query.dtype
     if jax.default_backend() == "cpu":
@@ -230,7 +235,7 @@ def dot_product_attention(
     # It promotes types within, which strict promotion refuses for 16-bit ones.
     with jax.numpy_dtype_promotion("standard"):
         attended = jax.nn.dot_product_attention(
-            query, key, value, implementation=implementation
+            query, key, value, is_causal=is_causal, implementation=implementation
         )
     return attended.astype(dtype)
 

@@ -12,18 +12,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from boot_jax.models import layers
 from boot_jax.models.from_config import read_fields
-from boot_jax.models.layers import Attention, LayerSettings, ResnetBlock
+from boot_jax.models.layers import Attention, LayerSettings
+from boot_jax.models.unet_blocks import (
+    Level,
+    Resampling,
+    last_layers,
+    run_blocks,
+)
 
 Condition = Mapping[str, Array] | None
 Added = dict[str, Array] | None
-Resampling = Literal["conv", "resnet"]
 
 # The values that each field may have; a field of several has only these.
 CHOICES: dict[str, tuple[str | int | None, ...]] = {
@@ -42,77 +46,6 @@ CHOICES: dict[str, tuple[str | int | None, ...]] = {
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 COUNTS_OR_NONE = ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim")
 COUNTS_OR_NONE += ("num_class_embeds", "num_train_timesteps")
-
-
-class DownBlock(nn.Module):
-    """ResNet blocks, each followed by attention if it has some, then half the size."""
-
-    features: int
-    num_layers: int
-    attention: bool
-    resampling: Resampling | None
-    padding: int
-    settings: LayerSettings
-
-    @nn.compact
-    def __call__(self, x: Array, embedding: Array) -> tuple[Array, ...]:
-        """Gives every layer's output; the last one goes on, all are skips."""
-        settings, outputs = self.settings, []
-        for i in range(self.num_layers):
-            x = ResnetBlock(self.features, settings, name=f"resnets_{i}")(x, embedding)
-            if self.attention:
-                x = Attention(settings, name=f"attentions_{i}")(x)
-            outputs.append(x)
-        if self.resampling == "conv":
-            padding, dtype = self.padding, settings.dtype
-            x = layers.Downsample(padding, dtype, name="downsamplers_0")(x)
-        elif self.resampling == "resnet":
-            half = layers.downsample_mean
-            block = ResnetBlock(self.features, settings, half, name="downsamplers_0")
-            x = block(x, embedding)
-        return (*outputs, x) if self.resampling else tuple(outputs)
-
-
-class MidBlock(nn.Module):
-    """Two ResNet blocks around attention, at the lowest resolution."""
-
-    attention: bool
-    settings: LayerSettings
-
-    @nn.compact
-    def __call__(self, x: Array, embedding: Array | None) -> Array:
-        """Maps ``[B, H, W, C]`` to the same shape."""
-        settings, features = self.settings, x.shape[-1]
-        x = ResnetBlock(features, settings, name="resnets_0")(x, embedding)
-        if self.attention:
-            x = Attention(settings, name="attentions_0")(x)
-        return ResnetBlock(features, settings, name="resnets_1")(x, embedding)
-
-
-class UpBlock(nn.Module):
-    """One ResNet block for each skip, the last skip first, then twice the size."""
-
-    features: int
-    attention: bool
-    resampling: Resampling | None
-    settings: LayerSettings
-
-    @nn.compact
-    def __call__(self, x: Array, skips: tuple[Array, ...], embedding: Array) -> Array:
-        """Joins ``x`` and the skips, all ``[B, H, W, _]``."""
-        settings = self.settings
-        for i, skip in enumerate(reversed(skips)):
-            x = jnp.concatenate([x, skip], axis=-1)
-            x = ResnetBlock(self.features, settings, name=f"resnets_{i}")(x, embedding)
-            if self.attention:
-                x = Attention(settings, name=f"attentions_{i}")(x)
-        if self.resampling == "conv":
-            x = layers.Upsample(settings.dtype, name="upsamplers_0")(x)
-        elif self.resampling == "resnet":
-            twice = layers.upsample_nearest
-            block = ResnetBlock(self.features, settings, twice, name="upsamplers_0")
-            x = block(x, embedding)
-        return x
 
 
 class UNet(nn.Module):
@@ -216,11 +149,7 @@ class UNet(nn.Module):
         embedding = self._embed(time, condition, added)
         x = 2 * x - 1 if self.center_input_sample else x
         x = self._run_blocks(x.astype(self.dtype), embedding, deterministic)
-        norm = (self.norm_num_groups, self.norm_eps, jnp.float32)
-        x = layers.group_norm(x, *norm, name="conv_norm_out")
-        x = layers.conv_3x3(
-            self.out_channels, jnp.float32, jax.lax.Precision.HIGHEST, name="conv_out"
-        )(nn.silu(x))
+        x = last_layers(x, self.out_channels, self.norm_num_groups, self.norm_eps)
         if self.time_embedding_type == "fourier":
             x = x / time.astype(jnp.float32)[:, None, None, None]
         return x
@@ -280,20 +209,27 @@ class UNet(nn.Module):
             dtype=self.dtype,
             attention_implementation=self.attention_implementation,
         )
-        wrap = functools.partial(layers.rematerialised, policy=self.remat)
+        attention = functools.partial(Attention, settings)
         widths, last = self.block_out_channels, len(self.block_out_channels) - 1
-        skips = (layers.conv_3x3(widths[0], self.dtype, name="conv_in")(x),)
-        for i, name in enumerate(self.down_block_types):
-            skips += wrap(DownBlock)(
+        down = [
+            Level(
                 features=widths[i],
                 num_layers=self.layers_per_block,
-                attention="Attn" in name,
+                attention=attention if "Attn" in name else None,
                 resampling=_resampling(name, self.downsample_type, i == last),
-                padding=self.downsample_padding,
-                settings=settings,
-                name=f"down_blocks_{i}",
-            )(skips[-1], embedding)
-        x = skips[-1]
+            )
+            for i, name in enumerate(self.down_block_types)
+        ]
+        up = [
+            Level(
+                features=widths[last - i],
+                num_layers=self.layers_per_block + 1,
+                attention=attention if "Attn" in name else None,
+                resampling=_resampling(name, self.upsample_type, i == last),
+            )
+            for i, name in enumerate(self.up_block_types)
+        ]
+        mid = None
         if self.mid_block_type is not None:
             groups = None if settings.scale_shift else self.norm_num_groups
             of_mid = dataclasses.replace(
@@ -301,19 +237,18 @@ class UNet(nn.Module):
                 attention_groups=self.attn_norm_num_groups or groups,
                 output_scale_factor=self.mid_block_scale_factor,
             )
-            block = wrap(MidBlock)(self.add_attention, of_mid, name="mid_block")
-            x = block(x, embedding)
-        count = self.layers_per_block + 1
-        for i, name in enumerate(self.up_block_types):
-            x = wrap(UpBlock)(
-                features=widths[last - i],
-                attention="Attn" in name,
-                resampling=_resampling(name, self.upsample_type, i == last),
-                settings=settings,
-                name=f"up_blocks_{i}",
-            )(x, skips[-count:], embedding)
-            skips = skips[:-count]
-        return x
+            attend = functools.partial(Attention, of_mid)
+            mid = (attend if self.add_attention else None, of_mid)
+        return run_blocks(
+            x,
+            embedding,
+            down=down,
+            mid=mid,
+            up=up,
+            padding=self.downsample_padding,
+            settings=settings,
+            remat=self.remat,
+        )
 
 
 def _resampling(block: str, chosen: Resampling, is_last: bool) -> Resampling | None:

@@ -3,6 +3,7 @@
 Distillation lives in the latents; nothing is ever encoded, so there is no encoder.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import Array
 
 from boot_jax.models import layers
 from boot_jax.models.from_config import read_fields
-from boot_jax.models.unet import MidBlock
+from boot_jax.models.unet_blocks import MidBlock
 
 #: Prefixes of the tensors that decoding needs.
 PREFIXES = ("decoder.", "post_quant_conv.")
@@ -57,7 +58,9 @@ class Decoder(nn.Module):
         """Maps latents ``[B, h, w, latent_channels]`` to images."""
         settings, last = self.settings, len(self.widths) - 1
         x = layers.conv_3x3(self.widths[0], settings.dtype, name="conv_in")(x)
-        x = MidBlock(self.attention, settings, name="mid_block")(x, None)
+        attend = functools.partial(layers.Attention, settings)
+        mid = MidBlock(attend if self.attention else None, settings, name="mid_block")
+        x = mid(x, None)
         for i, width in enumerate(self.widths):
             name, upsample = f"up_blocks_{i}", i < last
             block = UpDecoderBlock(

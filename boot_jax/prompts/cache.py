@@ -2,8 +2,8 @@
 
 They are made once. The files are read twice: the first time finds faults and prompts
 that were there before, the second time tokenises the others, some thousands at a time.
-While a cache is built, memory holds a 16-byte hash of each prompt in the files, or 50
-MB a million of them at the peak, when the hashes are sorted; nothing else grows.
+While a cache is built, memory holds a 16-byte hash of each prompt in the files; sorting
+them takes 50 MB a million at the peak. Nothing else grows.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class PromptCache:
                 raise PromptError(f"{path} changed while it was read; start again")
             return meta
 
-        name = f"tokens-{distributed.on_main(key)}"
+        name = f"tokens-{distributed.on_main(key, takes_long=True)}"
         folder = pathlib.Path(cache_dir).expanduser().absolute() / name
         return cls(folder, storage.ensure(folder, write))
 

@@ -5,6 +5,7 @@ its ``meta.json`` has the SHA-256 of every file. So several processes may open o
 once, and be killed at any time: what they find is whole, or is written anew.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -51,7 +52,8 @@ class ArrayWriter:
         """Appends rows ``[n, *shape[1:]]``."""
         if rows.shape[1:] != self._shape[1:]:
             raise PromptError(
-                f"rows have shape {rows.shape[1:]}, not {self._shape[1:]}"
+                f"{self._path.name} has rows of shape {self._shape[1:]}, not of "
+                f"{rows.shape[1:]}"
             )
         self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
         self._rows += len(rows)
@@ -96,7 +98,7 @@ def ensure(
       PromptError: it cannot be written or does not stay whole, or a process does not
         see it; what `write` raises.
     """
-    meta = distributed.on_main(lambda: _ensure(folder, write))
+    meta = distributed.on_main(lambda: _ensure(folder, write), takes_long=True)
     if not distributed.wait_for_all((folder / _META).exists):
         raise PromptError(
             f"not every process sees {folder}; cache_dir must lie on storage that all "
@@ -158,15 +160,25 @@ def _write_whole(
         (partial / _META).write_text(text, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _to_disk(path)
-        # Another process may have been faster; a damaged folder makes way.
-        if _verified(folder) is None:
-            if folder.exists():
-                folder.rename(damaged)
-            partial.rename(folder)
-            _to_disk(folder.parent)
+        if _verified(folder) is None:  # another process may have been faster
+            _put_in_place(partial, folder, damaged)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _put_in_place(
+    partial: pathlib.Path, folder: pathlib.Path, damaged: pathlib.Path
+) -> None:
+    try:
+        if folder.exists():
+            folder.rename(damaged)
+        partial.rename(folder)
+    except OSError as error:
+        # Another process has just done one or the other: what is there is looked at.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _to_disk(folder.parent)
 
 
 def _verified(folder: pathlib.Path) -> dict[str, Any] | None:

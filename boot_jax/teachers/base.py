@@ -51,6 +51,12 @@ class TextEncoder:
     encode: Callable[[Any, Array], dict[str, Array]]
     params: Any
 
+    def fingerprint(self) -> str:
+        """A hash of the tokenizer and the parameters."""
+        digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
+        _add(digest, self.params)
+        return digest.hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -105,14 +111,16 @@ class Teacher:
         digest.update(repr((known, self.prediction_type)).encode())
         if self.thresholding is not None:
             digest.update(repr(self.thresholding).encode())
-        leaves = jax.tree_util.tree_leaves_with_path(self.params)
         if self.text is not None:
-            digest.update(self.text.tokenizer.fingerprint.encode())
-            leaves += jax.tree_util.tree_leaves_with_path(self.text.params)
-        for path, leaf in leaves:
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+            digest.update(self.text.fingerprint().encode())
+        _add(digest, self.params)
         return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
 
 
 def example_condition(teacher: Teacher) -> Any:

@@ -17,8 +17,9 @@ from boot_jax.teachers.base import TeacherError
 _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
-# What is fetched from the hub: no pickles, and of the variants only the usual one.
-_WANTED = ("*.json", "*.safetensors", "*.msgpack")
+# What is fetched from the hub: no pickles, of the variants only the usual one; also the
+# merges of tokenizers, and the card, for its licence.
+_WANTED = ("*.json", "*.safetensors", "*.msgpack", "*/merges.txt", "README.md")
 _UNWANTED = ("*.fp16.*", "*.bf16.*", "*non_ema*", "safety_checker/*")
 
 

@@ -6,9 +6,10 @@ which prompts were longer than that.
 
 from boot_jax.tokenizers.base import PairTokenizer, Tokenizer, TokenizerError, Tokens
 from boot_jax.tokenizers.clip import ClipTokenizer
-from boot_jax.tokenizers.words import WordTokenizer
+from boot_jax.tokenizers.words import PADDING, WordTokenizer
 
 __all__ = [
+    "PADDING",
     "ClipTokenizer",
     "PairTokenizer",
     "Tokenizer",

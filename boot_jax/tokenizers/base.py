@@ -1,6 +1,5 @@
 """What a tokenizer is, and two of them side by side."""
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -48,7 +47,13 @@ class Tokenizer(Protocol):
 
 
 class PairTokenizer:
-    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read."""
+    """Two tokenizers with rows of one shape, stacked: what SDXL's two encoders read.
+
+    Attributes:
+      row_shape: ``(2, L)``.
+      vocabulary_size: that of the larger vocabulary.
+      fingerprint: a hash of both fingerprints.
+    """
 
     def __init__(self, first: Tokenizer, second: Tokenizer):
         """The tokenizers of the first and of the second text encoder."""
@@ -58,21 +63,9 @@ class PairTokenizer:
                 f"{first.row_shape} and {second.row_shape}"
             )
         self._both = (first, second)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """``(2, L)``."""
-        return (2, *self._both[0].row_shape)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """That of the larger vocabulary."""
-        return max(tokenizer.vocabulary_size for tokenizer in self._both)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of both fingerprints."""
-        return hash_of("pair", *(tokenizer.fingerprint for tokenizer in self._both))
+        self.row_shape = (2, *first.row_shape)
+        self.vocabulary_size = max(first.vocabulary_size, second.vocabulary_size)
+        self.fingerprint = hash_of("pair", first.fingerprint, second.fingerprint)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids ``[N, 2, L]``; truncated is what either of both truncates."""

@@ -3,7 +3,6 @@
 It gives the ids of ``transformers.CLIPTokenizerFast``.
 """
 
-import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -36,6 +35,11 @@ class ClipTokenizer:
     A row is the start token, the prompt, the end token, then padding; of a prompt that
     is too long the beginning is kept, between both tokens. Text is brought to Unicode
     NFC, white space to single blanks, letters to lower case.
+
+    Attributes:
+      row_shape: ``(L,)``, the number of tokens in a row.
+      vocabulary_size: one more than the largest id, with those of special tokens.
+      fingerprint: a hash of vocabulary, merges, rules, special tokens and length.
     """
 
     def __init__(
@@ -47,8 +51,11 @@ class ClipTokenizer:
                 f"a row must hold the start and the end token: {length} is too short"
             )
         self._backend = backend
-        self._length = length
         self._start_id, self._end_id, self._pad_id = start_id, end_id, pad_id
+        self.row_shape = (length,)
+        self.vocabulary_size = max(backend.get_vocab().values()) + 1
+        specials = (length, start_id, end_id, pad_id)
+        self.fingerprint = hash_of(backend.to_str(), specials)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "ClipTokenizer":
@@ -78,26 +85,11 @@ class ClipTokenizer:
             pad_id=ids["pad_token"],
         )
 
-    @property
-    def row_shape(self) -> tuple[int]:
-        """``(L,)``: the number of tokens in a row."""
-        return (self._length,)
-
-    @functools.cached_property
-    def vocabulary_size(self) -> int:
-        """One more than the largest id, with those of special tokens."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of vocabulary, merges, rules, special tokens and length."""
-        specials = (self._length, self._start_id, self._end_id, self._pad_id)
-        return hash_of(self._backend.to_str(), specials)
-
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids ``[N, L]`` of prompts; the backend's threads share the work."""
-        room = self._length - 2
-        ids = np.full((len(prompts), self._length), self._pad_id, np.int32)
+        (length,) = self.row_shape
+        room = length - 2
+        ids = np.full((len(prompts), length), self._pad_id, np.int32)
         truncated = np.zeros(len(prompts), bool)
         ids[:, 0] = self._start_id
         encodings = self._backend.encode_batch_fast(

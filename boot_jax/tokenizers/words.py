@@ -1,6 +1,5 @@
 """One id a word, for small teachers of one's own."""
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,12 @@ class WordTokenizer:
 
     Words are what white space separates, in lower case. Id 0 is padding, 1 an unknown
     word, 2 and up are the words of the vocabulary.
+
+    Attributes:
+      vocabulary: the words, in order of their ids.
+      row_shape: ``(L,)``, the number of words in a row.
+      vocabulary_size: the number of ids, with those of padding and the unknown word.
+      fingerprint: a hash of vocabulary and length.
 
     Example:
         >>> tokenizer = WordTokenizer.from_prompts(["a red fox", "A blue hen"])
@@ -36,8 +41,10 @@ class WordTokenizer:
                     f"a vocabulary has single words in lower case, each once: {word!r}"
                 )
         self.vocabulary = tuple(vocabulary)
-        self._length = length
+        self.row_shape = (length,)
+        self.vocabulary_size = len(vocabulary) + UNKNOWN + 1
         self._ids = {word: i for i, word in enumerate(vocabulary, UNKNOWN + 1)}
+        self.fingerprint = hash_of("words", self.to_json())
 
     @classmethod
     def from_prompts(
@@ -71,32 +78,18 @@ class WordTokenizer:
 
     def to_json(self) -> str:
         """All of it, as a JSON object."""
-        fields = {"length": self._length, "vocabulary": self.vocabulary}
+        fields = {"length": self.row_shape[0], "vocabulary": self.vocabulary}
         return json.dumps(fields, ensure_ascii=False)
-
-    @property
-    def row_shape(self) -> tuple[int]:
-        """``(L,)``: the number of words in a row."""
-        return (self._length,)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of ids, with those of padding and of the unknown word."""
-        return len(self.vocabulary) + UNKNOWN + 1
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the vocabulary and of the length."""
-        return hash_of("words", self.to_json())
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids ``[N, L]`` of prompts."""
-        ids = np.full((len(prompts), self._length), PADDING, np.int32)
+        (length,) = self.row_shape
+        ids = np.full((len(prompts), length), PADDING, np.int32)
         truncated = np.zeros(len(prompts), bool)
         for row, prompt in enumerate(prompts):
             words = _words(prompt)
-            truncated[row] = len(words) > self._length
-            known = [self._ids.get(word, UNKNOWN) for word in words[: self._length]]
+            truncated[row] = len(words) > length
+            known = [self._ids.get(word, UNKNOWN) for word in words[:length]]
             ids[row, : len(known)] = known
         return Tokens(ids, truncated)
 

@@ -14,6 +14,8 @@ from boot_jax.training.state import TrainState
 
 # A save may take so many times as long as a step before it counts as hung.
 _PATIENCE_WITH_DISKS = 4.0
+# So may a grid, the first of which compiles and runs the teacher's sampler.
+_PATIENCE_WITH_GRIDS = 4.0
 
 
 def fit(
@@ -30,6 +32,8 @@ def fit(
     logger: Logger,
     interruption: Interruption,
     watchdog: Watchdog,
+    show: Callable[[int, Any], None] | None = None,
+    show_every: int = 0,
 ) -> TrainState:
     """Runs ``train_step`` until ``num_steps``, saving and logging on the way.
 
@@ -48,6 +52,8 @@ def fit(
       checkpoints, logger: where to save and what to tell.
       interruption: asked after every dispatch.
       watchdog: told of every dispatch.
+      show, show_every: called with the step and the moving average, every so many
+        steps.
 
     Returns:
       The last state, saved.
@@ -77,6 +83,9 @@ def fit(
             if stop:
                 checkpoints.finish(state)
                 raise Preempted(f"saved step {end} of {num_steps}")
+            if show is not None and end % show_every == 0:
+                watchdog.beat(f"the grid of step {end}", _PATIENCE_WITH_GRIDS)
+                show(end, state.ema_params)
         watchdog.beat("the last save", _PATIENCE_WITH_DISKS)
         checkpoints.finish(state)
     return state
@@ -97,11 +106,10 @@ def dispatch_length(wanted: int, *counts: int) -> int:
     return next(length for length in range(most, 0, -1) if common % length == 0)
 
 
-def default_dispatch(network_name: str) -> int:
+def default_dispatch(convolutional: bool) -> int:
     """The steps per dispatch that suit the backend: enough to hide the host's work.
 
     But on CPU, XLA runs a convolution inside a loop on one thread, several times
     slower.
     """
-    slow = jax.default_backend() == "cpu" and network_name == "unet"
-    return 1 if slow else 20
+    return 1 if convolutional and jax.default_backend() == "cpu" else 20

@@ -88,6 +88,8 @@ def train(
     mesh: Mesh,
     metadata: Mapping[str, Any],
     interruption: Interruption,
+    convolutional: bool = False,
+    show: Callable[[int, Any], None] | None = None,
 ) -> TrainState:
     """Trains until ``training.num_steps``, from the newest checkpoint if there is one.
 
@@ -103,10 +105,12 @@ def train(
       batches: ``(start_step, steps_per_dispatch) -> iterator``; None for no data.
       key: everything random derives from it and the step.
       training: config section ``distill`` or ``teacher.training``.
-      config: the whole; its sections ``run``, ``mesh`` and ``network`` are read.
+      config: the whole; its sections ``run`` and ``mesh`` are read.
       mesh: where arrays live.
       metadata: kept in every checkpoint; see `Checkpoints`.
       interruption: what may ask the run to stop.
+      convolutional: whether the network is, for the choice of steps per dispatch.
+      show: called with step and moving average every ``run.sample_every`` steps.
 
     Returns:
       The state at the last step, saved.
@@ -145,9 +149,10 @@ def train(
         return state
     record("start", step=start, devices=jax.device_count(), mesh=dict(mesh.shape))
     steps_per_dispatch = dispatch_length(
-        run.steps_per_dispatch or default_dispatch(config.network.name),
+        run.steps_per_dispatch or default_dispatch(convolutional),
         training.num_steps,
         run.checkpoint_every,
+        run.sample_every,
         start,
     )
     train_step = make_train_step(
@@ -197,6 +202,8 @@ def train(
             logger=logger,
             interruption=interruption,
             watchdog=Watchdog(run.watchdog_seconds),
+            show=show,
+            show_every=run.sample_every,
         )
     finally:
         # Nothing that this meets may hide what has happened. A peer that is gone would
