@@ -95,8 +95,8 @@ def load(
         down to it with a Lanczos filter. None keeps images, which must share one size.
       channels: 1 (grey) or 3 (RGB); None is 3 for a folder, else the source's own.
       split: a split of tensorflow-datasets or a slice of it, such as ``"train[:90%]"``;
-        ``"train"`` or ``"test"`` of shapes, of which no image is in both; the other
-        sources have ``"train"`` alone, with all their images.
+        ``"train"`` or ``"test"`` of shapes, drawn from two seeds; the other sources
+        have ``"train"`` alone, with all their images.
       cache_bytes: decoded images, a byte for each channel of a pixel, stay in memory up
         to this many bytes, those used last; 0 keeps none.
 

@@ -19,7 +19,7 @@ which colour.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,14 +37,15 @@ COLOURS = {
     "cyan": (0.1, 0.8, 0.9),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-#: Ranges of half the width of a circle, in pixels; the others have about its area.
-SIZES = {"small": (2.8, 3.4), "large": (4.2, 5.0)}
+#: Half the width of a circle, in pixels; the others have about its area.
+SIZES = {"small": 3.0, "large": 5.0}
 #: Directions from the middle: down and to the right.
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (-1, 0), "bottom": (1, 0)}
 BACKGROUNDS = {"white": 1.0, "black": 0.0}
 
-_OFFSET = 2.5  # pixels from the middle to a named place, and at most to an unnamed one
-_JITTER = 0.5  # pixels around a named place
+# Whole pixels from the middle to a named place, and at most to an unnamed one; and at
+# most to the sides of a named one.
+_OFFSET, _JITTER = 2, 1
 
 # A fit must explain this share of an image's variance to be the shape, and the next
 # best shape must leave this many times as much unexplained.
@@ -110,22 +111,24 @@ def images_of(given: Sequence[str], indices: np.ndarray, seed: int = 0) -> np.nd
       KeyError: a caption that the grammar does not make.
     """
     meanings = [_meanings()[caption] for caption in given]
-    size, *where, light = (_uniform(indices, seed, stream) for stream in range(1, 5))
-    every_size = (SIZES["small"][0], SIZES["large"][1])
-    low, high = np.transpose([SIZES.get(m.size or "", every_size) for m in meanings])
-    radius = low + (high - low) * size
+    draws = [_uniform(indices, seed, stream) for stream in range(1, 5)]
+    radius = [
+        SIZES[m.size or _pick(SIZES, draw)]
+        for m, draw in zip(meanings, draws[0], strict=True)
+    ]
     place = np.transpose([PLACES.get(m.place or "", (0, 0)) for m in meanings])
-    spread = np.where(place.any(0), _JITTER, _OFFSET)
-    row, column = (SIDE - 1) / 2 + _OFFSET * place + spread * (2 * np.stack(where) - 1)
+    spread = np.where(place.any(0), _JITTER, _OFFSET) * (place == 0)
+    shift = np.floor(np.stack(draws[1:3]) * (2 * spread + 1)) - spread
+    row, column = (SIDE - 1) / 2 + _OFFSET * place + shift
     coverage = np.zeros((len(meanings), SIDE, SIDE))
     for shape in SHAPES:
         of_shape = np.array([meaning.shape == shape for meaning in meanings], bool)
         coverage[of_shape] = _coverage(
-            shape, row[of_shape], column[of_shape], radius[of_shape]
+            shape, row[of_shape], column[of_shape], np.array(radius)[of_shape]
         )
     grounds = [
-        BACKGROUNDS[m.background or ("white" if coin < 0.5 else "black")]
-        for m, coin in zip(meanings, light, strict=True)
+        BACKGROUNDS[m.background or _pick(BACKGROUNDS, draw)]
+        for m, draw in zip(meanings, draws[3], strict=True)
     ]
     ground = np.reshape(grounds, (-1, 1, 1, 1))
     colour = np.reshape([COLOURS[m.colour] for m in meanings], (-1, 1, 1, 3))
@@ -204,13 +207,16 @@ def _shape(explained: np.ndarray, shapes: np.ndarray) -> str | None:
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Coverages ``[T, SIDE * SIDE]`` on a grid of places and sizes, and their names."""
-    reach = _OFFSET + _JITTER
-    places = (SIDE - 1) / 2 + np.arange(-reach, reach + 0.25, 0.5)
-    radii = np.arange(SIZES["small"][0] - 0.4, SIZES["large"][1] + 0.4, 0.3)
+    places = (SIDE - 1) / 2 + np.arange(-_OFFSET - 1, _OFFSET + 1.25, 0.5)
+    radii = np.arange(min(SIZES.values()) - 0.5, max(SIZES.values()) + 0.75, 0.25)
     grid = [axis.ravel() for axis in np.meshgrid(places, places, radii)]
     coverages = [_coverage(shape, *grid) for shape in SHAPES]
     templates = np.concatenate(coverages).reshape(-1, SIDE * SIDE)
     return templates, np.repeat(SHAPES, len(grid[0]))
+
+
+def _pick(choices: Mapping[str, float], draw: float) -> str:
+    return list(choices)[int(draw * len(choices))]
 
 
 def _coverage(

@@ -36,20 +36,17 @@ def test_an_image_is_a_function_of_seed_and_index(drawn):
         shapes.images_of([captions[index] for index in some], some), images[some]
     )
     assert shapes.captions_of(np.arange(600), seed=1) != captions
-    assert (
-        (shapes.images_of(captions, np.arange(600), seed=1) != images)
-        .any((1, 2, 3))
-        .all()
-    )
+    others = shapes.images_of(captions, np.arange(600), seed=1)
+    assert (others != images).any((1, 2, 3)).mean() > 0.7
 
 
 def test_images_are_in_range_and_anti_aliased(drawn):
     images = drawn[1]
     assert images.dtype == np.float32 and images.shape == (600, 16, 16, 3)
     assert images.min() == -1 and images.max() == 1
-    # Most images have pixels between background and colour, in every channel pair.
+    # There are pixels between background and colour.
     values = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
-    assert np.mean(np.array(values) > 4) > 0.9
+    assert np.mean(np.array(values) > 2) > 0.9
 
 
 def test_all_captions_are_as_likely():
@@ -88,11 +85,13 @@ def test_the_words_of_a_caption_are_seen():
 
 
 def test_what_a_caption_leaves_open_varies():
-    images = many("a red circle")
+    images = many("a red circle", 400)
     white = images[:, 0, 0, 1] > 0.9
-    assert 70 < white.sum() < 130
+    assert 160 < white.sum() < 240
     areas = coverage(images[~white]).sum((1, 2))
     assert areas.max() > 2 * areas.min()
+    # Two backgrounds, two sizes, five rows and as many columns.
+    assert len(np.unique(images, axis=0)) == 100
 
 
 def test_a_caption_of_other_words_is_refused():
@@ -175,12 +174,11 @@ def test_the_data_set_gives_images_and_captions(drawn):
     np.testing.assert_array_equal(dataset.images(indices), drawn[1][[5, 2]])
 
 
-def test_the_test_split_has_other_images():
+def test_the_test_split_is_drawn_anew():
     train, test = load("shapes"), load("shapes", split="test")
     indices = np.arange(500)
     assert 0 < len(test) < len(train)
-    kept = {image.tobytes() for image in train.images(np.arange(5000))}
-    assert not any(image.tobytes() in kept for image in test.images(indices))
+    assert train.captions(indices) != test.captions(indices)
     assert shapes.accuracy(test.images(indices), test.captions(indices)) == 1.0
 
 

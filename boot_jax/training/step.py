@@ -23,7 +23,7 @@ from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
 from boot_jax.prediction import expand, from_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
-from boot_jax.tokenizers import PADDING
+from boot_jax.tokenizers.words import PADDING
 from boot_jax.training import health
 from boot_jax.training.state import TrainState, update_ema
 
