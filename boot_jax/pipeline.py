@@ -230,6 +230,9 @@ def answer(
     except FloatingPointError as error:
         interruption.say(f"stopped: {error}")
         return interruption.EXIT_NOT_FINITE
+    except distributed.PeersMissing as error:
+        interruption.say(f"{error}; the same command goes on")
+        return interruption.EXIT_STUCK
     except interruption.Preempted as stop:
         interruption.say(f"{stop}; the same command goes on")
         return interruption.EXIT_PREEMPTED
