@@ -207,14 +207,14 @@ def test_a_flax_folder_goes_out_to_pytorch(tmp_path: pathlib.Path):
 
 
 def test_centred_input_has_no_place_for_a_scale(finished: FinishedStudent):
-    """Which a schedule of exploding variance has before its end."""
-    teacher = dataclasses.replace(finished.teacher, schedule=get_schedule("edm"))
+    """Which a flow has before its end."""
+    teacher = dataclasses.replace(finished.teacher, schedule=get_schedule("flow"))
     network = finished.network.clone(center_input_sample=True)
     centred = dataclasses.replace(
         finished,
         teacher=teacher,
         student=dataclasses.replace(finished.student, network=network),
-        objective=Objective(t_max=0.5),
+        objective=Objective(t_max=0.9),
     )
     with pytest.raises(ExportError, match=r"center_input_sample.*t_max=1"):
         stock_model(centred)

@@ -140,6 +140,7 @@ def test_what_a_folder_gives(teacher: Teacher, kind: str):
     assert text_of(teacher).tokenizer.row_shape == expected[kind]
 
 
+@pytest.mark.slow
 def test_a_student_starts_as_its_teacher(teacher: Teacher):
     student = create_student(teacher, guidance_range=(1.0, 4.0))
     params = student.init(jax.random.key(0))

@@ -89,7 +89,9 @@ def _load(folder: pathlib.Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the parameters of its parts."""
     try:
         with _quiet():
-            from diffusers import FlaxStableDiffusionPipeline
+            from diffusers import (
+                FlaxStableDiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]
+            )
     except (ImportError, RuntimeError) as error:
         raise TeacherError(
             "teacher.source='flax_pipeline' needs the Flax classes of diffusers 0.39; "
