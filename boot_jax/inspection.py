@@ -206,7 +206,8 @@ def step_cost(run: Run) -> Cost:
         ema_decay=training.ema_decay,
         num_steps=training.num_steps,
     )
-    analysis: Any = step.lower(state, frozen, batch, key).cost_analysis()  # type: ignore[attr-defined]
+    one_step = jax.tree.map(lambda leaf: leaf.update(shape=(1, *leaf.shape)), batch)
+    analysis: Any = step.lower(state, frozen, one_step, key).cost_analysis()  # type: ignore[attr-defined]
 
     def pullback(params: Any, frozen: Any, batch: Any) -> Any:
         return jax.vjp(

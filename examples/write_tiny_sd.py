@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 import safetensors.numpy
-from diffusers import FlaxAutoencoderKL
+from diffusers.models.vae_flax import FlaxAutoencoderKL
 from tokenizers.pre_tokenizers import ByteLevel
 
 from boot_jax.models.clip import CLIPTextEncoder
