@@ -164,6 +164,7 @@ def test_no_config_is_out_of_date(exported: pathlib.Path, kind: str, recwarn: An
     }
 
 
+@pytest.mark.slow
 def test_one_file_takes_tokens(finished: FinishedStudent, latents: np.ndarray):
     assert artifact.why_not(finished) == ""
     content = artifact.serialize(finished, ["cpu"])

@@ -97,7 +97,8 @@ def torch_model(config: dict[str, Any]) -> UNet2DConditionModel:
     return stable_diffusion.randomised(UNet2DConditionModel(**config))
 
 
-SLOW = ("sd 1, heads of other sizes", "no block between", "deep", "odd blocks")
+SLOW = ("sd 1, heads of other sizes", "sdxl's refiner", "no block between", "deep")
+SLOW += ("odd blocks",)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +294,7 @@ def gradient(network: TextUNet) -> Any:
     return jax.grad(loss)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     params = drawn(ONE_LEVEL, *ARGS[:2], TEXT)
     plain = gradient(ONE_LEVEL)
@@ -307,15 +309,9 @@ def test_dropout_acts_only_when_asked():
     params = drawn(network, *ARGS[:2], TEXT)
     run = functools.partial(network.apply, {"params": params}, *ARGS[:2], TEXT)
     dropped = jax.jit(lambda key: run(deterministic=False, rngs={"dropout": key}))
-    whole = jax.jit(run)()
-    np.testing.assert_allclose(
-        whole,
-        jax.jit(
-            functools.partial(ONE_LEVEL.apply, {"params": params}, *ARGS[:2], TEXT)
-        )(),
-        rtol=1e-6,
-    )
-    assert jnp.abs(dropped(jax.random.key(0)) - whole).max() > 0.01
+    first, second = dropped(jax.random.key(0)), dropped(jax.random.key(1))
+    assert jnp.abs(first - jax.jit(run)()).max() > 0.01
+    assert jnp.abs(first - second).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,10 @@ def _use_artifact(finished: FinishedStudent, why_not: str) -> str:
     elif finished.teacher.text is not None:
         shape = (8, *finished.teacher.text.tokenizer.row_shape)
         label = f", np.zeros({shape}, np.int32)"
-        what += " The second argument is the prompts' tokens."
+        what += (
+            " The second argument holds the prompts' tokens, as the teacher's "
+            "tokenizer gives them; the zeros only show its shape."
+        )
     return f"""With jax alone, on CPU, CUDA or TPU, for any batch size:
 
 ```python

@@ -65,8 +65,9 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         """Maps ``[B, L] int32`` to ``[B, L, features]`` float32."""
-        embed = nn.Embed(self.vocab_size, self.features, name="token_embedding")
-        place = nn.Embed(self.max_positions, self.features, name="position_embedding")
+        table = functools.partial(nn.Embed, features=self.features, dtype=jnp.float32)
+        embed = table(self.vocab_size, name="token_embedding")
+        place = table(self.max_positions, name="position_embedding")
         return embed(tokens) + place(jnp.arange(tokens.shape[1]))[None]
 
 
@@ -245,7 +246,10 @@ class CLIPTextEncoder(nn.Module):
         text_embeds = None
         if self.with_projection:
             project = nn.Dense(
-                self.projection_dim, use_bias=False, name="text_projection"
+                self.projection_dim,
+                use_bias=False,
+                dtype=jnp.float32,
+                name="text_projection",
             )
             text_embeds = project(pooled)
         return TextEncoding(last, penultimate, pooled, text_embeds)
