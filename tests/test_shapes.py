@@ -1,5 +1,7 @@
 """The drawn shapes: what captions say is what images show, and the judge sees it."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -19,7 +21,7 @@ def drawn():
 
 def test_captions_are_distinct_sentences_of_few_words():
     captions = shapes.captions()
-    assert len(set(captions)) == len(captions) == 3 * 6 * 4 * 5 * 3
+    assert len(set(captions)) == len(captions) == 3 * 6 * 4 * 6 * 3
     assert {"a red circle", "a small blue cross at left on black"} <= set(captions)
     tokenizer = WordTokenizer.from_prompts(captions)
     assert tokenizer.row_shape == (8,)
@@ -37,7 +39,7 @@ def test_an_image_is_a_function_of_seed_and_index(drawn):
     )
     assert shapes.captions_of(np.arange(600), seed=1) != captions
     others = shapes.images_of(captions, np.arange(600), seed=1)
-    assert (others != images).any((1, 2, 3)).mean() > 0.7
+    assert (others != images).any((1, 2, 3)).mean() > 0.3
 
 
 def test_images_are_in_range_and_anti_aliased(drawn):
@@ -46,13 +48,13 @@ def test_images_are_in_range_and_anti_aliased(drawn):
     assert images.min() == -1 and images.max() == 1
     # There are pixels between background and colour.
     values = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
-    assert np.mean(np.array(values) > 2) > 0.9
+    assert np.mean(np.array(values) > 2) > 0.8
 
 
 def test_all_captions_are_as_likely():
-    captions = shapes.captions_of(np.arange(108_000))
+    captions = shapes.captions_of(np.arange(129_600))
     _, counts = np.unique(captions, return_counts=True)
-    assert len(counts) == 1080
+    assert len(counts) == 1296
     # A Poisson count of mean 100 has a deviation of 10.
     assert 9 < counts.std() < 11 and 95 < np.median(counts) < 105
 
@@ -77,8 +79,8 @@ def test_the_words_of_a_caption_are_seen():
         shown = coverage(many(f"a small red circle at {place} on black"))
         rows = (shown * grid[:, None]).sum((1, 2)) / shown.sum((1, 2))
         columns = (shown * grid).sum((1, 2)) / shown.sum((1, 2))
-        assert (rows * down + columns * right > 1).all()
-        assert (np.abs(rows * right + columns * down) < 1.5).all()
+        np.testing.assert_allclose(rows, down, atol=0.01)
+        np.testing.assert_allclose(columns, right, atol=0.01)
     for ground, value in (("white", 1), ("black", -1)):
         corner = many(f"a small red circle on {ground}")[:, 0, 0]
         np.testing.assert_array_equal(corner, np.full((200, 3), value))
@@ -90,13 +92,18 @@ def test_what_a_caption_leaves_open_varies():
     assert 160 < white.sum() < 240
     areas = coverage(images[~white]).sum((1, 2))
     assert areas.max() > 2 * areas.min()
-    # Two backgrounds, two sizes, five rows and as many columns.
-    assert len(np.unique(images, axis=0)) == 100
+    # Two backgrounds, two sizes, five places.
+    assert len(np.unique(images, axis=0)) == 20
 
 
 def test_a_caption_of_other_words_is_refused():
     with pytest.raises(KeyError, match="a red hexagon"):
         shapes.images_of(["a red hexagon"], np.arange(1))
+
+
+def test_the_file_of_captions_is_up_to_date():
+    path = pathlib.Path(__file__).parents[1] / "configs" / "prompts" / "shapes.txt"
+    assert path.read_text().splitlines() == shapes.captions()
 
 
 # --- the judge
