@@ -19,4 +19,24 @@ def get_config():
     config.data.captions = True
     config.prompts.path = "configs/prompts/shapes.txt"
     config.network.name = "dit"
+    config.network.dit = {
+        "patch_size": 16,
+        "hidden_size": 256,
+        "num_layers": 2,
+        "num_heads": 4,
+        "mlp_ratio": 4.0,
+    }
+    config.teacher.prediction_type = "sample"
+    config.teacher.guidance_scale = 2.0
+    config.teacher.training.num_steps = 4000
+    config.teacher.training.batch_size = 64
+    config.teacher.training.learning_rate = 2e-3
+    config.teacher.training.ema_decay = 0.995
+    config.objective.kind = "boot"
+    config.objective.solver = "ddim"  # guidance doubles the teacher's batch
+    config.objective.boundary_share = 0.25
+    config.distill.num_steps = 3000
+    config.distill.batch_size = 64
+    config.distill.learning_rate = 1e-3
+    config.distill.ema_decay = 0.995
     return config

@@ -220,3 +220,42 @@ def test_batches_bring_the_tokens_of_their_captions():
     no_captions = batches(load("digits"), 4, seed=3, tokenizer=tokenizer)
     assert "tokens" not in next(no_captions)
     no_captions.close()
+
+
+# --- text-to-image, from the config, shortened
+
+
+def painted(generator, pair, run, prompts):
+    """Images of prompts, each from its own seed that no training has seen."""
+    from boot_jax import sampling
+
+    return sampling.generate(
+        generator, pair.noise(77), pair.condition, len(prompts), 64, run.mesh
+    ).images
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
+    """A fifth of the config's steps: colours are right by then, shapes begin to be."""
+    import importlib.util
+
+    import jax
+    from jax.sharding import AxisType
+
+    from boot_jax import pipeline
+    from boot_jax.run import Run
+    from boot_jax.sharding import AXES
+    from boot_jax.trained import trained_pair
+    from boot_jax.workdir import open_workdir
+
+    spec = importlib.util.spec_from_file_location("shapes", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    for training in (config.teacher.training, config.distill):
+        training.num_steps //= 5
+        training.ema_decay = 0.98
+    one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 3}
+    mesh = jax.make_mesh((1, 1, 1), AXES, **one)
+    run = Run(config, open_workdir(tmp_path / "run", config), mesh)
+    pipeline.distill(run)
