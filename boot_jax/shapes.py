@@ -171,7 +171,7 @@ def diversity(images: np.ndarray, given: Sequence[str]) -> float:
 
     Args:
       images: ``[n, SIDE, SIDE, 3]`` in [-1, 1].
-      given: ``n`` captions, at least two of them equal.
+      given: ``n`` captions, some of them equal, and such as leave something open.
     """
     real = images_of(given, np.arange(len(given)), seed=1)
     names = np.asarray(given)
