@@ -28,6 +28,10 @@ class DistributedError(ValueError):
     """Processes that cannot be brought together, or what process 0 had to refuse."""
 
 
+class PeersMissing(RuntimeError):
+    """Processes that did not come in time; started again, they may."""
+
+
 def start(
     mode: str = "auto",
     *,
@@ -52,7 +56,8 @@ def start(
       Whether there is a cluster now.
 
     Raises:
-      DistributedError: an argument is missing, or the processes did not meet.
+      DistributedError: an argument is missing, or the processes cannot meet.
+      PeersMissing: they did not meet in time.
     """
     explicit = {
         "coordinator_address": coordinator_address,
@@ -77,9 +82,11 @@ def start(
             **arguments, heartbeat_timeout_seconds=heartbeat_seconds
         )
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        text = str(error).strip() or repr(error)
+        text = (str(error).strip() or repr(error)).splitlines()[0]
+        if "deadline" in text.lower() or "timed out" in text.lower():
+            raise PeersMissing(f"not all processes came in time: {text}") from error
         raise DistributedError(
-            f"the processes did not meet ({text.splitlines()[0]}); say who they are by "
+            f"the processes did not meet ({text}); say who they are by "
             "--coordinator_address=HOST:PORT, --num_processes and --process_id, or run "
             "this one alone with --distributed=off"
         ) from error

@@ -16,6 +16,7 @@ import jax
 
 from boot_jax import config as config_lib
 from boot_jax import sharding, validation
+from boot_jax.conditions import TOKENS, prompt_encoder
 from boot_jax.run import Run
 from boot_jax.schedules import DiscreteSchedule, NoiseSchedule
 from boot_jax.student import check_conversion
@@ -23,7 +24,7 @@ from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError
 from boot_jax.training.run import optimizer_from
 from boot_jax.training.state import create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import make_train_step
 
 
 class InspectionError(ValueError):
@@ -187,17 +188,15 @@ def step_cost(run: Run) -> Cost:
     """What one distillation step takes; it is traced and lowered, never run."""
     teacher, training = run.teacher, run.config.distill
     optimizer = optimizer_from(training)
-    loss = distillation_loss(
-        signal=run.student.signal,
-        denoise=run.denoise,
-        schedule=teacher.schedule,
-        objective=run.objective,
-        conditions=run.conditions,
-        sample_shape=teacher.sample_shape,
-        batch_size=training.batch_size,
-    )
+    params, text, batch, encode = teacher.params, teacher.text, None, None
+    if text is not None:
+        params = {"teacher": params, "text": text.params}
+        rows = (training.batch_size, *text.tokenizer.row_shape)
+        batch = {TOKENS: jax.ShapeDtypeStruct(rows, "int32")}
+        encode = prompt_encoder(text, "" if run.is_guided else None)
+    loss = run.loss(encode)
     key = jax.random.key(0)
-    frozen = jax.eval_shape(lambda: teacher.params)
+    frozen = jax.eval_shape(lambda: params)
     state = jax.eval_shape(
         lambda key: create_state(run.student.init(key), optimizer), key
     )
@@ -207,21 +206,22 @@ def step_cost(run: Run) -> Cost:
         ema_decay=training.ema_decay,
         num_steps=training.num_steps,
     )
-    analysis: Any = step.lower(state, frozen, None, key).cost_analysis()  # type: ignore[attr-defined]
+    one_step = jax.tree.map(lambda leaf: leaf.update(shape=(1, *leaf.shape)), batch)
+    analysis: Any = step.lower(state, frozen, one_step, key).cost_analysis()  # type: ignore[attr-defined]
 
-    def pullback(params: Any, frozen: Any) -> Any:
+    def pullback(params: Any, frozen: Any, batch: Any) -> Any:
         return jax.vjp(
-            lambda params: loss(params, params, frozen, None, key, 0.0)[0], params
+            lambda params: loss(params, params, frozen, batch, key, 0.0)[0], params
         )[1]
 
-    params = _bytes(state.params)
-    kept = _bytes(jax.eval_shape(pullback, state.params, frozen))
+    size = _bytes(state.params)
+    kept = _bytes(jax.eval_shape(pullback, state.params, frozen, batch))
     return Cost(
         flops=float(analysis["flops"]),
         teacher=_bytes(frozen),
         student=_bytes(state),
-        gradients=params,
-        activations=max(kept - params, 0),  # the parameters are given to it as well
+        gradients=size,
+        activations=max(kept - size, 0),  # the parameters are given to it as well
     )
 
 
@@ -235,6 +235,8 @@ def _about(teacher: Teacher) -> dict[str, str]:
         "conditions": _conditions(teacher),
         "fingerprint": teacher.fingerprint(),
     }
+    if teacher.text is not None:
+        rows["text encoder"] = _size(teacher.text.params)
     if teacher.decoder is not None:
         rows["samples"] += f", decoded to {_shape(teacher.decoder.image_shape)}"
         rows["decoder"] = _size(teacher.decoder.params)
@@ -244,6 +246,8 @@ def _about(teacher: Teacher) -> dict[str, str]:
 
 
 def _conditions(teacher: Teacher) -> str:
+    if teacher.text is not None:
+        return f"prompts of {teacher.text.tokenizer.row_shape[-1]} tokens"
     if teacher.num_classes is None:
         return "none"
     guided = "can be guided" if teacher.has_null_label else "no null label known"
@@ -307,6 +311,9 @@ def _flags(settings: Mapping[str, Any], run: Run) -> str:
     lines = [f"--config.{name}={_quoted(value)}" for name, value in settings.items()]
     if run.teacher.num_classes is not None and run.teacher.has_null_label:
         lines.append("--config.teacher.guidance_scale=1.0  # or more")
+    if run.teacher.text is not None:
+        lines.append("--config.prompts.path=FILE  # of prompts, to learn from")
+        lines.append("--config.teacher.guidance_scale=7.5  # or another")
     return "to distil it, set in the config:\n" + "\n".join(lines)
 
 
@@ -324,6 +331,8 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _size(params: Any) -> str:
+    if not jax.tree.leaves(params):
+        return "none"
     leaves = jax.tree.leaves(params)
     count = sum(leaf.size for leaf in leaves)
     return f"{count:,} in {len(leaves)} tensors, {_memory(_bytes(params))}"

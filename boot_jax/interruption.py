@@ -4,7 +4,8 @@
 step boundary; anywhere else (start, compilation, evaluation, sampling) everything
 worth keeping is on disk already, and it ends at once. Either way the exit code is
 `EXIT_PREEMPTED`, which tells a scheduler to start the same command again. A second
-signal quits without waiting for anything.
+signal quits without waiting for anything; unless it comes within a second, as the same
+request does that a launcher and a scheduler both pass on.
 
 A signal must be heard while the main thread compiles or waits for a device, where
 Python runs no handler. So the interpreter writes it into a pipe, and a thread listens.
@@ -34,6 +35,9 @@ EXIT_PREEMPTED, EXIT_STUCK = 75, 76
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+# Within which a second signal is the first one once more.
+_ECHO_SECONDS = 1.0
+
 
 class Preempted(Exception):
     """The run was asked to stop, and has saved; the same command goes on."""
@@ -48,6 +52,7 @@ class Interruption:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requested: str | None = None
+        self._requested_at = 0.0
         self._protected = False
         self._polls = 0
         self._notify: Callable[[int], None] | None = None
@@ -97,7 +102,11 @@ class Interruption:
 
     def _hear(self, received: signal.Signals) -> None:
         with self._lock:
-            again, self._requested = self._requested is not None, received.name
+            now, again = time.monotonic(), self._requested is not None
+            if again and now - self._requested_at < _ECHO_SECONDS:
+                return
+            if not again:
+                self._requested, self._requested_at = received.name, now
             protected, finish = self._protected, self._finish
         if again:
             say(f"{received.name} again: quitting at once")

@@ -44,7 +44,6 @@ from boot_jax.trained import trained_pair
 from boot_jax.training.checkpoints import CheckpointError
 from boot_jax.training.run import train
 from boot_jax.training.state import TrainState
-from boot_jax.training.step import distillation_loss
 from boot_jax.workdir import WorkdirError, open_workdir
 
 #: What a user can mend; `boot_jax.main` answers each in one line.
@@ -65,7 +64,7 @@ USER_ERRORS = (
 
 def distill(run: Run) -> TrainState:
     """Trains the student to the end, or reads it if it is trained."""
-    config, teacher = run.config, run.teacher
+    config, prompts = run.config, run.prompts
     training = config.distill
     sharding.check_batch_size(
         "distill.batch_size", training.batch_size, run.mesh, training.microbatches
@@ -74,20 +73,13 @@ def distill(run: Run) -> TrainState:
     return train(
         run.workdir,
         "student",
-        loss=distillation_loss(
-            signal=run.student.signal,
-            denoise=run.denoise,
-            schedule=teacher.schedule,
-            objective=run.objective,
-            conditions=run.conditions,
-            sample_shape=teacher.sample_shape,
-            batch_size=training.batch_size,
-            batch_sharding=sharding.batch_sharding(run.mesh, axis=1),
-            encode=None if run.prompts is None else run.prompts.encode,
+        loss=run.loss(
+            None if prompts is None else prompts.encode,
+            sharding.batch_sharding(run.mesh, axis=1),
         ),
         init=run.student.init,
         frozen=run.frozen,
-        batches=None if run.prompts is None else run.prompt_batches,
+        batches=None if prompts is None else run.prompt_batches,
         key=jax.random.fold_in(key, 2**31),
         training=training,
         config=config,
@@ -230,6 +222,9 @@ def answer(
     except FloatingPointError as error:
         interruption.say(f"stopped: {error}")
         return interruption.EXIT_NOT_FINITE
+    except distributed.PeersMissing as error:
+        interruption.say(f"{error}; the same command goes on")
+        return interruption.EXIT_STUCK
     except interruption.Preempted as stop:
         interruption.say(f"{stop}; the same command goes on")
         return interruption.EXIT_PREEMPTED

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import sharding, summary, teaching
-from boot_jax.conditions import Conditions
+from boot_jax.conditions import Conditions, Encode
 from boot_jax.guidance import NEGATIVE_KEY, Denoiser, rescaling
 from boot_jax.interruption import Interruption
 from boot_jax.models import create_network
@@ -27,6 +27,7 @@ from boot_jax.prompts import prompt_batches
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
 from boot_jax.teachers.base import Teacher, as_sampled
+from boot_jax.training.step import Loss, distillation_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,22 @@ class Run:
                 "prompts.path is set, but this teacher takes no prompts; leave it empty"
             )
         return None
+
+    def loss(
+        self, encode: Encode | None, batch_sharding: NamedSharding | None = None
+    ) -> Loss:
+        """Of the distillation; see `boot_jax.training.step.distillation_loss`."""
+        return distillation_loss(
+            signal=self.student.signal,
+            denoise=self.denoise,
+            schedule=self.teacher.schedule,
+            objective=self.objective,
+            conditions=self.conditions,
+            sample_shape=self.teacher.sample_shape,
+            batch_size=self.config.distill.batch_size,
+            batch_sharding=batch_sharding,
+            encode=encode,
+        )
 
     @property
     def frozen(self) -> Any:

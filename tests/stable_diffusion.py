@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 from diffusers.utils import logging
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from boot_jax.models.weights import diffusers_name
 
@@ -135,3 +136,19 @@ def torch_shapes(params: Any) -> dict[str, tuple[int, ...]]:
         diffusers_name(path): turned(path[-1], leaf.shape)
         for path, leaf in flatten_dict(params).items()
     }
+
+
+def filled(shapes: Any, model: Any) -> Any:
+    """A Flax class's parameters with the weights of the same model in PyTorch."""
+    # The autoencoder's attention has its old names in Flax.
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    leaves = {}
+    for path, leaf in flatten_dict(shapes).items():
+        modules = diffusers_name(path).split(".")
+        tensor = tensors[".".join(old.get(module, module) for module in modules)]
+        if path[-1] == "kernel":
+            tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+        assert tensor.shape == leaf.shape
+        leaves[path] = jnp.asarray(tensor)
+    return unflatten_dict(leaves)

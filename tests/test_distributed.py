@@ -3,8 +3,10 @@
 import jax
 import pytest
 
-from boot_jax import distributed
+from boot_jax import distributed, pipeline
+from boot_jax.config import default_config
 from boot_jax.distributed import DistributedError
+from boot_jax.interruption import EXIT_STUCK, Interruption
 
 FLAGS = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
 
@@ -76,7 +78,7 @@ def test_a_missing_flag_is_named(calls, missing):
 
 def test_processes_that_do_not_meet_are_one_line(monkeypatch):
     def fail(**given):
-        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nmore\nand more")
+        raise RuntimeError("nobody there\nmore\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(DistributedError) as refusal:
@@ -84,6 +86,18 @@ def test_processes_that_do_not_meet_are_one_line(monkeypatch):
     message = str(refusal.value)
     assert "\n" not in message and "nobody there" in message
     assert "--coordinator_address=HOST:PORT" in message
+
+
+def test_processes_that_come_too_late_may_be_started_again(monkeypatch, capsys):
+    def fail(**given):
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nmore\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    cluster = {"distributed": "auto", **FLAGS}
+    with Interruption() as asked:
+        code = pipeline.answer("all", default_config(), "nowhere", cluster, asked)
+    assert code == EXIT_STUCK
+    assert "not all processes came in time: DEADLINE" in capsys.readouterr().err
 
 
 def test_one_process_does_everything_itself():

@@ -14,6 +14,7 @@ from boot_jax.export.finished import ExportError
 from boot_jax.export.folding import stock_conversion
 from boot_jax.schedules import get_schedule
 from boot_jax.teachers.base import Decoder
+from boot_jax.teachers.folder import Component
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -298,7 +299,8 @@ def test_a_latent_transformer_goes_out_in_the_stock_pipeline(tmp_path):
     )
     folder = tmp_path / "export"
     folder.mkdir()
-    save_pipeline(folder, stock_model(finished, tmp_path / "vae"), 3)
+    part = Component("AutoencoderKL", tmp_path / "vae", {})
+    save_pipeline(folder, stock_model(finished, {"vae": part}), 3)
     pipeline = diffusers.DiTPipeline.from_pretrained(folder)
     theirs = their_images(
         pipeline, class_labels=[2, 0], guidance_scale=1, num_inference_steps=1

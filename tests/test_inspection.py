@@ -6,12 +6,14 @@ import shlex
 
 import jax
 import pytest
+import text_pipelines
 from command import DIGITS, command, write_config
 from finished_students import DIT, random_params
 
 from boot_jax import inspection
 from boot_jax.config import default_config
 from boot_jax.teachers import checkpoint as teacher_checkpoint
+from boot_jax.tokenizers import WordTokenizer
 
 SMALL = DIT | {"num_layers": 1}
 
@@ -195,3 +197,19 @@ def test_something_must_be_named(capsys):
     assert "--path=FOLDER" in capsys.readouterr().err
     assert command("--mode=export") == 2
     assert "--config=" in capsys.readouterr().err
+
+
+def test_what_takes_prompts_says_so(tmp_path):
+    """A Stable Diffusion pipeline, and a network that reads words itself."""
+    text_pipelines.sd_pipeline().save_pretrained(tmp_path / "sd")
+    said = inspection.inspect(str(tmp_path / "sd"), batch_size=2)
+    assert re.search(r"conditions +prompts of 16 tokens", said)
+    assert re.search(r"text encoder +[\d,]+ in \d+ tensors", said)
+    assert "--config.prompts.path=FILE" in said
+    words = WordTokenizer.from_prompts(["a red square", "a blue circle"])
+    save_teacher(tmp_path / "words", num_classes=None, tokenizer=words)
+    config = default_config()
+    config.teacher.guidance_scale = 3.0
+    said = inspection.inspect(str(tmp_path / "words"), config, batch_size=2)
+    assert re.search(r"conditions +prompts of 3 tokens", said)
+    assert re.search(r"text encoder +none", said)

@@ -111,12 +111,24 @@ def test_a_second_signal_quits_at_once(first, second):
     assert process.stderr is not None
     process.send_signal(getattr(signal, first))
     assert process.stderr.readline().startswith(first)
+    time.sleep(1.1)
     begun = time.monotonic()
     process.send_signal(getattr(signal, second))
     code, out, err = end(process)
     assert code == 128 + getattr(signal, second) and out == ""
     assert time.monotonic() - begun < 10
     assert err == f"{second} again: quitting at once\n"
+
+
+def test_one_request_may_come_twice():
+    """As from a launcher, and from the scheduler that asked the launcher."""
+    process = start(TRAINING.format(save=0.5))
+    assert process.stderr is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("SIGTERM: saving")
+    process.send_signal(signal.SIGTERM)
+    code, out, err = end(process)
+    assert code == EXIT_PREEMPTED and out == "saved\n" and err == ""
 
 
 def test_a_request_after_the_last_boundary_is_not_forgotten():

@@ -279,15 +279,16 @@ LOCAL = [
     (("--port=x", CONFIG), "--port=x is not a whole number"),
     (("--port=65536", CONFIG), "--port=65536 is not a port"),
 ]
-SHARED = "--workdir=gs://bucket/run"
+SHARED = "--workdir=/mnt/shared/run"
 TPU = [
     ((*POD[1:], CONFIG, SHARED), "--name=NAME is needed"),
     (("--name=Pod_1", *POD[1:], CONFIG, SHARED), "--name=NAME is needed"),
     ((POD[0], POD[2], CONFIG, SHARED), "--zone=ZONE is needed"),
     ((*POD[:2], CONFIG, SHARED), "--type=TYPE is needed"),
     ((*POD[:2], "--type=v9-8", CONFIG, SHARED), "no software is known for --type=v9-8"),
-    ((*POD, CONFIG), "--workdir=gs://BUCKET/FOLDER is needed"),
-    ((*POD, CONFIG, "--workdir=runs/x"), "--workdir=gs://BUCKET/FOLDER is needed"),
+    ((*POD, CONFIG), "--workdir=/FOLDER is needed"),
+    ((*POD, CONFIG, "--workdir=runs/x"), "--workdir=/FOLDER is needed"),
+    ((*POD, CONFIG, "--workdir=gs://bucket/x"), "--workdir=/FOLDER is needed"),
     ((*POD, CONFIG, SHARED, "--repo=/"), "--repo=/ is neither a git checkout nor"),
     ((*POD, CONFIG, SHARED, "--branch=main"), "--branch=main needs --repo=URL"),
     ((*POD, SHARED, "--repo=https://example.org/boot.git"), "which config?"),

@@ -20,6 +20,8 @@ from boot_jax.teachers.folder import locate
 CONFIG = """
 from boot_jax.config import default_config
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def get_config():
     config = default_config()
@@ -221,7 +223,7 @@ BAD: dict[Callable[[pathlib.Path], None], str] = {
     unknown_spacing: "timestep_spacing='sideways' is not supported; use 'leading' or",
     unknown_betas: "beta schedule 'sigmoid' is not known",
     flow_sigmas: "use_flow_sigmas=True is not supported",
-    foreign_part: "text_encoder is a CLIPTextModel, which is not supported",
+    foreign_part: "is a CLIPTextModel, but its network, a UNet2DModel, takes no",
     without_scheduler: "one scheduler, but this one has unet",
     missing_tensor: "missing: class_embedding.weight",
     labels_as_times: "class_embed_type='timestep'",

@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from command import DIGITS, command, write_config
+from command import DIGITS, MIXTURE, command, write_config
 from PIL import Image
 from test_end_to_end import assert_same_state, saved_state
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 PROMPTS = ("a red square", "a small blue circle on white", "a green triangle")
 
@@ -153,9 +155,8 @@ def test_strange_words_are_named(flags, capsys):
 
 
 def test_a_teacher_without_prompts_refuses_them(tmp_path, capsys):
-    flags = (write_config(tmp_path, DIGITS), f"--workdir={tmp_path / 'run'}")
-    few = ("--config.teacher.training.num_steps=2", "--config.distill.num_steps=2")
-    few += ("--config.run.checkpoint_every=2", "--config.run.steps_per_dispatch=1")
+    flags = (write_config(tmp_path, MIXTURE), f"--workdir={tmp_path / 'run'}")
+    few = ("--config.distill.num_steps=2", "--config.run.checkpoint_every=2")
     assert command(*flags, *few, "--mode=distill", "--config.prompts.path=x") == 2
     assert "takes no prompts" in refused(capsys)
     assert command(*flags, *few, "--mode=distill", "--config.run.force=True") == 0

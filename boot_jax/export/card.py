@@ -11,7 +11,7 @@ import jax
 from boot_jax.evaluation.report import summary_table
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.export.folding import StockModel
-from boot_jax.teachers.folder import locate
+from boot_jax.teachers.folder import Component, locate, read_components
 
 #: Front-matter fields that say under which terms a model may be used.
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -25,29 +25,29 @@ class Origin:
       description: the teacher in a few words, such as its folder or hub id.
       fingerprint: of its parameters.
       licence: the licence fields of its card, as they are written there.
-      vae: the folder of its VAE; None if it has none.
+      parts: of its pipeline, by name; none if it is no pipeline in diffusers format.
     """
 
     description: str
     fingerprint: str
     licence: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    vae: pathlib.Path | None = None
+    parts: Mapping[str, Component] = dataclasses.field(default_factory=dict)
 
 
 def origin_of(config: Any, workdir: pathlib.Path, fingerprint: str) -> Origin:
-    """The teacher of a run; licence and VAE are looked for in its folder."""
+    """The teacher of a run; licence and parts are looked for in its folder."""
     teacher = config.teacher
     if teacher.source == "mixture":
         return Origin("an exact Gaussian mixture", fingerprint)
     if teacher.source == "train":
         description = f"a {config.network.name} trained on `{config.data.name}`"
         return Origin(description, fingerprint, read_licence(workdir / "teacher"))
-    description, folder, vae = f"`{teacher.path}`", pathlib.Path(teacher.path), None
-    if teacher.source == "diffusers":
+    description, folder, parts = f"`{teacher.path}`", pathlib.Path(teacher.path), {}
+    if teacher.source in ("diffusers", "flax_pipeline"):
         folder = locate(teacher.path, teacher.revision)
-        vae = folder / "vae" if (folder / "vae").is_dir() else None
+        parts = read_components(folder)
         description += f" at revision {teacher.revision}" if teacher.revision else ""
-    return Origin(description, fingerprint, read_licence(folder), vae)
+    return Origin(description, fingerprint, read_licence(folder), parts)
 
 
 def read_licence(folder: pathlib.Path) -> dict[str, str]:
@@ -69,6 +69,7 @@ def model_card(
     origin: Origin,
     stock: StockModel | None,
     why_no_stock: str = "",
+    why_no_artifact: str = "",
 ) -> str:
     """The text of README.md, with the front matter that hubs read."""
     parts = [
@@ -81,7 +82,7 @@ def model_card(
         _facts(finished, config),
         "## Use",
         _use_diffusers(finished, stock, why_no_stock),
-        _use_artifact(finished),
+        _use_artifact(finished, why_no_artifact),
         _rounding(config),
         "The parameters alone (moving average) are in `jax/ema_params.safetensors`, "
         "under the names of boot_jax's network; `jax/config.json` is the run's config.",
@@ -137,8 +138,14 @@ def _use_diffusers(
     if stock is None:
         return f"Not with PyTorch diffusers: {why_not}."
     if stock.pipeline is not None:
-        options = "num_inference_steps=1"
-        if stock.vae is not None:
+        options, remark = "num_inference_steps=1", ""
+        if finished.teacher.text is not None:
+            options = f'"a small house by a river", {options}'
+            remark = (
+                " A guidance scale or a negative prompt changes nothing: the student "
+                "has learned its teacher's guidance."
+            )
+        elif finished.num_classes is not None:
             options = f"class_labels=[0], guidance_scale=1, {options}"
         return f"""With PyTorch diffusers, unmodified (`FOLDER` is this one):
 
@@ -149,7 +156,7 @@ pipeline = {stock.pipeline}.from_pretrained("FOLDER")
 image = pipeline({options}).images[0]
 ```
 
-`num_inference_steps=1` is needed; the default number of steps is refused."""
+`num_inference_steps=1` is needed; the default number of steps is refused.{remark}"""
     call = "batch_size=4"
     if finished.num_classes is not None:
         call = f"class_labels=[0, {finished.num_classes - 1}]"
@@ -166,13 +173,19 @@ images = pipeline({call}).images
 ```"""
 
 
-def _use_artifact(finished: FinishedStudent) -> str:
+def _use_artifact(finished: FinishedStudent, why_not: str) -> str:
+    if why_not:
+        return f"Not as one file for jax alone: {why_not}."
     height, width, channels = finished.sample_shape
     label, made, what = "", "images", "They have values in [-1, 1], in NHWC."
     if finished.is_latent:
         made, what = "latents", "They are for the teacher's VAE to decode, in NHWC."
     if finished.num_classes is not None:
         label = ", np.zeros(8, np.int32)"
+    elif finished.teacher.text is not None:
+        shape = (8, *finished.teacher.text.tokenizer.row_shape)
+        label = f", np.zeros({shape}, np.int32)"
+        what += " The second argument is the prompts' tokens."
     return f"""With jax alone, on CPU, CUDA or TPU, for any batch size:
 
 ```python

@@ -1,4 +1,4 @@
-"""A student as it is used: one call of the network, everything but the noise fixed."""
+"""A student as it is used: one call of the network, its times and scale fixed."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,13 @@ class ExportError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # jax hashes it
 class FinishedStudent:
-    """``(eps, label) -> image``, and what it is made of.
+    """``(eps, label or tokens) -> image``, and what it is made of.
 
     Attributes:
       student: its network, signal and prediction type.
       params: the parameters to use (the moving average), on the host.
-      teacher: for schedule, image shape and classes; its parameters are not read.
+      teacher: for schedule, image shape, classes and what reads prompts; the parameters
+        of its network are not read.
       objective: for ``t_min``, where it is evaluated, and ``t_max``.
       guidance_scale: told to a student that was trained on a range; else None.
     """
@@ -56,20 +57,29 @@ class FinishedStudent:
         decoder = self.teacher.decoder
         return decoder is not None and decoder.params is not None
 
-    def __call__(self, params: Any, eps: Array, label: Array | None = None) -> Array:
-        """The image ``y_theta(eps, t_min)`` of each noise.
+    def __call__(self, params: Any, eps: Array, given: Array | None = None) -> Array:
+        """The sample ``y_theta(eps, t_min)`` of each noise.
 
         Args:
           params: as the attribute; an argument, so that it is never captured.
           eps: ``[B, H, W, C]``.
-          label: ``[B] int32``; None for a student without classes.
+          given: ``[B] int32`` labels, or ``[B, ...] int32`` tokens of prompts; None for
+            a student that takes neither.
 
         Returns:
           ``[B, H, W, C]`` float32.
         """
-        condition = None if label is None else {"label": label}
+        text = self.teacher.text
+        if given is None:
+            return self.of_condition(params, eps, None)
+        if text is None:
+            return self.of_condition(params, eps, {"label": given})
+        return self.of_condition(params, eps, text.encode(text.params, given))
+
+    def of_condition(self, params: Any, eps: Array, condition: Any) -> Array:
+        """The same, of a condition such as an encoded text; None for none."""
         if condition is not None and self.guidance_scale is not None:
             scale = jnp.full(eps.shape[:1], self.guidance_scale, jnp.float32)
-            condition[SCALE_KEY] = scale
+            condition = {**condition, SCALE_KEY: scale}
         t = jnp.full(eps.shape[:1], self.objective.t_min, eps.dtype)
         return self.student.signal(params, eps, t, condition)

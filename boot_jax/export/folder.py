@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from boot_jax import config as config_lib
-from boot_jax.export.artifact import serialize
+from boot_jax.export.artifact import serialize, why_not
 from boot_jax.export.card import Origin, model_card
 from boot_jax.export.diffusers import save_pipeline, stock_model
 from boot_jax.export.finished import ExportError, FinishedStudent
@@ -53,10 +53,14 @@ def write_export(
       ExportError: the folder cannot be written.
     """
     stock, reason = _stock_model(finished, origin, warn)
+    too_large = why_not(finished)
+    if too_large:
+        warn(f"no {ARTIFACT}: {too_large}")
 
     def write(partial: pathlib.Path) -> None:
         (partial / "jax").mkdir()
-        (partial / ARTIFACT).write_bytes(serialize(finished))
+        if not too_large:
+            (partial / ARTIFACT).write_bytes(serialize(finished))
         tensors = flatten_dict(finished.params, sep="/")
         safetensors.numpy.save_file(
             {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()},
@@ -72,6 +76,7 @@ def write_export(
             origin=origin,
             stock=stock,
             why_no_stock=reason,
+            why_no_artifact=too_large,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -87,7 +92,7 @@ def _stock_model(
 ) -> tuple[StockModel | None, str]:
     """The model for diffusers, or why there is none."""
     try:
-        return stock_model(finished, origin.vae), ""
+        return stock_model(finished, origin.parts), ""
     except ExportError as error:
         warn(f"no folder for PyTorch diffusers: {error}")
         return None, str(error)

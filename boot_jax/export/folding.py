@@ -33,7 +33,6 @@ multiplied into the network's first layer.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -46,6 +45,8 @@ from flax.traverse_util import flatten_dict
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.prediction import to_x_0
 from boot_jax.student import TARGET_TIME
+from boot_jax.teachers.base import example_condition
+from boot_jax.teachers.folder import Component
 
 #: The largest level that leaves a scheduler some noise, eq. (2) of a flow at its end.
 _MOST_ALPHAS_CUMPROD = 1 - 2.0**-20
@@ -83,27 +84,18 @@ class StockModel:
       config: its ``config.json``, without what begins with ``_``.
       tensors: its weights, by name, in PyTorch's layout.
       conversion: what its scheduler does.
-      stock_pipeline: of diffusers, without a VAE; None if there is none.
-      vae: the folder of a latent model's VAE; None for a pixel model.
+      pipeline: the stock pipeline that runs it; None for the one-file pipeline.
+      component: what the pipeline calls the network.
+      parts: of the teacher's pipeline, by name, which go into its own as they are.
     """
 
     class_name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
     conversion: StockConversion
-    stock_pipeline: str | None = None
-    vae: pathlib.Path | None = None
-
-    @property
-    def pipeline(self) -> str | None:
-        """The stock pipeline that runs it; None for the one-file pipeline."""
-        return self.stock_pipeline if self.vae is None else "DiTPipeline"
-
-    @property
-    def component(self) -> str:
-        """What the pipeline calls the network."""
-        names = {"DDIMPipeline": "unet", "DiTPipeline": "transformer"}
-        return names[self.pipeline] if self.pipeline else "network"
+    pipeline: str | None = None
+    component: str = "network"
+    parts: Mapping[str, Component] = dataclasses.field(default_factory=dict)
 
 
 def flat(params: Any) -> Params:
@@ -127,9 +119,9 @@ def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.
         return output
 
     def embedding(params: Any) -> Any:
-        label = None if finished.num_classes is None else jnp.zeros((1,), jnp.int32)
+        eps = jnp.zeros((1, *finished.sample_shape))
         with nn.intercept_methods(listen):
-            finished(params, jnp.zeros((1, *finished.sample_shape)), label)
+            finished.of_condition(params, eps, example_condition(finished.teacher))
         return sum(jnp.asarray(term, jnp.float32) for term in heard.values())
 
     # Compiled, so that the rest of the network is never computed.

@@ -216,7 +216,8 @@ class TextUNet(nn.Module):
         embedding = embed_time(waves(time, self.block_out_channels[0]))
         if self.addition_embed_type is not None:
             ids, dim = condition["time_ids"], self.addition_time_embed_dim or 0
-            sizes = waves(ids.reshape(-1), dim).reshape(len(ids), -1)
+            sizes = waves(ids.reshape(-1), dim)
+            sizes = sizes.reshape(ids.shape[0], ids.shape[1] * dim)
             pooled = condition["pooled"].astype(jnp.float32)
             joined = jnp.concatenate([pooled, sizes], axis=-1)
             wanted = self.projection_class_embeddings_input_dim

@@ -116,7 +116,7 @@ def from_diffusers(
     leaves: dict[Any, Any] = dict(flatten_dict(template))
     paths = {diffusers_name(path): path for path in leaves}
     paths = {n: path for n, path in paths.items() if not _is_under(n, ignore)}
-    given = {n: t for n, t in _modern(tensors).items() if not _is_under(n, ignore)}
+    given = {n: t for n, t in modern_names(tensors).items() if not _is_under(n, ignore)}
     shapes = {n: _torch_shape(path, leaves[path].shape) for n, path in paths.items()}
     given = {n: _as_linear(t, shapes.get(n, ())) for n, t in given.items()}
     misfits = [
@@ -168,7 +168,7 @@ def _dotted(module: str) -> str:
     return ".".join(match.groups()) if match else module
 
 
-def _modern(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def modern_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gives old attention tensors today's names, unless those are taken."""
     renamed = {}
     for name, tensor in tensors.items():

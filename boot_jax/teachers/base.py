@@ -135,13 +135,18 @@ def example_condition(teacher: Teacher) -> Any:
     return {"label": jnp.zeros((1,), jnp.int32)}
 
 
+#: ``(params, x [B, H, W, C], time [B], condition) -> [B, H, W, C]``: a network.
+Apply = Callable[[Any, Array, Array, Any], Array]
+
+
 def network_denoiser(
-    network: nn.Module, schedule: NoiseSchedule, prediction_type: str
+    network: nn.Module | Apply, schedule: NoiseSchedule, prediction_type: str
 ) -> Denoiser:
     """A denoiser out of a network: input scaling, its own time, and the conversion.
 
     Args:
-      network: called as ``network(x, time, condition)``; see `boot_jax.models`.
+      network: called as ``network(x, time, condition)``; see `boot_jax.models`. Or a
+        function of parameters and these.
       schedule: gives the scaling, the time input, and ``alpha`` and ``sigma``.
       prediction_type: one of `boot_jax.prediction.PREDICTION_TYPES`.
 
@@ -152,7 +157,10 @@ def network_denoiser(
     def denoise(params: Any, x_t: Array, t: Array, condition: Any) -> Array:
         scaled = expand(schedule.input_scale(t), x_t) * x_t
         time = schedule.time_input(t)
-        output = network.apply({"params": params}, scaled, time, condition)
+        if isinstance(network, nn.Module):
+            output = network.apply({"params": params}, scaled, time, condition)
+        else:
+            output = network(params, scaled, time, condition)
         assert isinstance(output, Array)
         output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
         alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)

@@ -1,35 +1,61 @@
 """Teachers in diffusers format: a pipeline's folder, or its id on the hub.
 
 Pipelines of a ``UNet2DModel`` or a ``DiTTransformer2DModel``, the latter with the
-autoencoder that decodes its latents. The folder decides everything about the teacher:
-network, schedule, prediction type, thresholding and the spacing of its sampler's steps.
+autoencoder that decodes its latents, and Stable Diffusion's and SDXL's, with what reads
+their prompts. The folder decides everything about the teacher: network, schedule,
+prediction type, thresholding and the spacing of its sampler's steps.
 """
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from boot_jax.models.text_unet import TextUNet
 from boot_jax.models.transformer import Transformer
 from boot_jax.models.unet import UNet
 from boot_jax.models.vae import PREFIXES, VAEDecoder
 from boot_jax.models.weights import WeightsError, from_diffusers, read_weights
-from boot_jax.teachers.base import Decoder, Teacher, TeacherError, network_denoiser
-from boot_jax.teachers.checkpoint import initialiser
-from boot_jax.teachers.folder import Component, locate, read_components
+from boot_jax.teachers import text as text_lib
+from boot_jax.teachers.base import (
+    Decoder,
+    Teacher,
+    TeacherError,
+    TextEncoder,
+    example_condition,
+    network_denoiser,
+)
+from boot_jax.teachers.folder import Component, locate, read_components, read_index
 from boot_jax.teachers.scheduler import read_scheduler
 
+Network = UNet | TextUNet | Transformer
+
 #: Networks that can teach, by their class in diffusers.
-NETWORKS: dict[str, type[UNet] | type[Transformer]] = {
+NETWORKS: dict[str, type[UNet] | type[TextUNet] | type[Transformer]] = {
     "UNet2DModel": UNet,
+    "UNet2DConditionModel": TextUNet,
     "DiTTransformer2DModel": Transformer,
     "Transformer2DModel": Transformer,
 }
+#: Pipelines that draw from prompts alone; others with such a UNet want images, too.
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+#: Parts that judge images or read some, which drawing from prompts does without.
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 _AUTOENCODER = "AutoencoderKL"
+
+
+class Roles(NamedTuple):
+    """The parts of a pipeline by what they do."""
+
+    network: Component
+    scheduler: Component
+    autoencoder: Component | None
+    text: dict[str, Component]
 
 
 def load_teacher(
@@ -48,25 +74,28 @@ def load_teacher(
       WeightsError: its weights cannot be read or do not fit its network; names each
         missing, unexpected and mis-shaped tensor.
     """
-    parts = read_components(locate(path, revision))
-    network_part, scheduler_part, autoencoder_part = _roles(parts)
-    network = _build(network_part, overrides)
+    folder = locate(path, revision)
+    roles = roles_of(folder)
+    network = build(roles.network, overrides)
     sample_shape = _sample_shape(network)
     num_classes, has_null_label = _labels(network, null_label)
-    scheduler = read_scheduler(scheduler_part.config)
-    params = _load(network_part, network, sample_shape, num_classes)
-    decoder = None
-    if autoencoder_part is not None:
-        decoder = _decoder(autoencoder_part, sample_shape)
+    scheduler = read_scheduler(roles.scheduler.config)
+    decoder, text = None, None
+    if roles.autoencoder is not None:
+        decoder = _decoder(roles.autoencoder, sample_shape)
     elif scheduler.to_image is not None:
         decoder = Decoder(
             decode=scheduler.to_image, params=None, image_shape=sample_shape
         )
-    return Teacher(
+    if isinstance(network, TextUNet):
+        text = _text(
+            folder, roles, network, (decoder.image_shape if decoder else sample_shape)
+        )
+    teacher = Teacher(
         denoise=network_denoiser(
             network, scheduler.schedule, scheduler.prediction_type
         ),
-        params=params,
+        params=None,
         schedule=scheduler.schedule,
         sample_shape=sample_shape,
         num_classes=num_classes,
@@ -76,14 +105,19 @@ def load_teacher(
         thresholding=scheduler.thresholding,
         sampler_steps=scheduler.spacing,
         decoder=decoder,
+        text=text,
     )
+    return dataclasses.replace(teacher, params=_load(roles.network, teacher))
 
 
-def _roles(
-    parts: Mapping[str, Component],
-) -> tuple[Component, Component, Component | None]:
-    """Network, scheduler, and the autoencoder if there is one."""
-    networks, schedulers, autoencoders = [], [], []
+def roles_of(folder: pathlib.Path) -> Roles:
+    """The parts of a pipeline's folder by their roles.
+
+    Raises:
+      TeacherError: a part is missing, or one is there that is not known.
+    """
+    networks, schedulers, autoencoders, text = [], [], [], {}
+    parts = read_components(folder)
     for name, part in parts.items():
         if part.class_name in NETWORKS:
             networks.append(part)
@@ -91,21 +125,35 @@ def _roles(
             schedulers.append(part)
         elif part.class_name == _AUTOENCODER:
             autoencoders.append(part)
-        else:
+        elif name in text_lib.PARTS:
+            text[name] = part
+        elif name not in UNUSED_PARTS:
             raise TeacherError(
                 f"the pipeline's {name} is a {part.class_name}, which is not "
                 f"supported; supported are {', '.join(NETWORKS)} with a scheduler and "
-                f"perhaps an {_AUTOENCODER}"
+                f"perhaps an {_AUTOENCODER} and what reads prompts"
             )
     if len(networks) != 1 or len(schedulers) != 1 or len(autoencoders) > 1:
         raise TeacherError(
             f"a pipeline must have one network ({', '.join(NETWORKS)}) and one "
             f"scheduler, but this one has {', '.join(parts) or 'no parts'}"
         )
-    return networks[0], schedulers[0], next(iter(autoencoders), None)
+    (network,) = networks
+    if NETWORKS[network.class_name] is not TextUNet:
+        for name, part in text.items():
+            raise TeacherError(
+                f"the pipeline's {name} is a {part.class_name}, but its network, a "
+                f"{network.class_name}, takes no prompts"
+            )
+    return Roles(network, schedulers[0], next(iter(autoencoders), None), text)
 
 
-def _build(part: Component, overrides: Mapping[str, Any]) -> UNet | Transformer:
+def build(part: Component, overrides: Mapping[str, Any]) -> Network:
+    """The network that a part's config describes; ``overrides`` are fields of it.
+
+    Raises:
+      TeacherError: the config is missing, or says what is not supported.
+    """
     if not part.config:
         raise TeacherError(f"{part.folder} has no config.json")
     try:
@@ -114,7 +162,7 @@ def _build(part: Component, overrides: Mapping[str, Any]) -> UNet | Transformer:
         raise TeacherError(f"{part.folder / 'config.json'}: {error}") from error
 
 
-def _sample_shape(network: UNet | Transformer) -> tuple[int, int, int]:
+def _sample_shape(network: Network) -> tuple[int, int, int]:
     size, channels = network.sample_size, network.in_channels
     if size is None:
         raise TeacherError(
@@ -129,10 +177,12 @@ def _sample_shape(network: UNet | Transformer) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _labels(network: UNet | Transformer, null_label: bool) -> tuple[int | None, bool]:
+def _labels(network: Network, null_label: bool) -> tuple[int | None, bool]:
     """The number of classes, and whether one more label means none."""
     if isinstance(network, Transformer):
         return network.num_embeds_ada_norm, True
+    if isinstance(network, TextUNet):
+        return None, False
     if network.class_embed_type is not None:
         raise TeacherError(
             f"class_embed_type={network.class_embed_type!r} does not say which classes "
@@ -149,17 +199,37 @@ def _labels(network: UNet | Transformer, null_label: bool) -> tuple[int | None, 
     return classes - 1, True
 
 
-def _load(
-    part: Component,
-    network: nn.Module,
-    sample_shape: tuple[int, int, int],
-    num_classes: int | None,
-) -> dict[str, Any]:
-    init = initialiser(network, sample_shape, num_classes)
+def _text(
+    folder: pathlib.Path, roles: Roles, network: TextUNet, image_shape: tuple[int, ...]
+) -> TextEncoder:
+    index = read_index(folder)
+    name = str(index.get("_class_name")).removeprefix("Flax")
+    if name not in TEXT_PIPELINES:
+        raise TeacherError(
+            f"{folder} is a {name}; of the pipelines with such a UNet, supported are "
+            f"{' and '.join(TEXT_PIPELINES)}"
+        )
+    return text_lib.read_text_encoder(
+        roles.text,
+        network,
+        (image_shape[0], image_shape[1]),
+        empty_is_zero=bool(index.get("force_zeros_for_empty_prompt", False)),
+        dtype=network.dtype,
+    )
+
+
+def _load(part: Component, teacher: Teacher) -> dict[str, Any]:
+    """The weights of a teacher's network."""
+    network = teacher.network
+    assert network is not None
+    image, time = jnp.zeros((1, *teacher.sample_shape)), jnp.zeros((1,))
     try:
-        template = jax.eval_shape(init, jax.random.key(0))
+        condition = example_condition(teacher)
+        init = functools.partial(network.init, jax.random.key(0))
+        template = jax.eval_shape(init, image, time, condition)["params"]
     except ValueError as error:
-        raise TeacherError(f"{part.folder / 'config.json'}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise TeacherError(f"{part.folder / 'config.json'}: {reason}") from error
     return _fill(part, read_weights(part.folder), template)
 
 

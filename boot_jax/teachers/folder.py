@@ -17,15 +17,20 @@ from boot_jax.teachers.base import TeacherError
 _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
-# What is fetched from the hub: no pickles, of the variants only the usual one; also the
-# merges of tokenizers, and the card, for its licence.
-_WANTED = ("*.json", "*.safetensors", "*.msgpack", "*/merges.txt", "README.md")
+# What is fetched from the hub: no pickles, of the variants only the usual one, and not
+# the whole pipeline in one file that often lies beside its parts. The text is the
+# merges of tokenizers; the card is there for its licence.
+_WANTED = ("*.json", "*/merges.txt", "README.md", "*/*.safetensors", "*/*.msgpack")
+_WANTED += ("diffusion_pytorch_model*.safetensors", "diffusion_flax_model.msgpack")
 _UNWANTED = ("*.fp16.*", "*.bf16.*", "*non_ema*", "safety_checker/*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A part of a pipeline: its class in diffusers, its folder and its config."""
+    """A part of a pipeline: its class in diffusers, its folder and its config.
+
+    A Flax class is named as the PyTorch one whose weights and config it has.
+    """
 
     class_name: str
     folder: pathlib.Path
@@ -72,6 +77,20 @@ def locate(path: str, revision: str = "") -> pathlib.Path:
     return pathlib.Path(fetched)
 
 
+def read_index(folder: pathlib.Path) -> dict[str, Any]:
+    """A pipeline's ``model_index.json``.
+
+    Raises:
+      TeacherError: it is missing or damaged.
+    """
+    if not (folder / _INDEX).is_file():
+        raise TeacherError(
+            f"{folder} has no {_INDEX}, so it is no pipeline in diffusers format; "
+            "save the whole pipeline with save_pretrained, not its network alone"
+        )
+    return read_json(folder / _INDEX)
+
+
 def read_components(folder: pathlib.Path) -> dict[str, Component]:
     """The parts of a pipeline by their names in its ``model_index.json``.
 
@@ -79,14 +98,9 @@ def read_components(folder: pathlib.Path) -> dict[str, Component]:
       TeacherError: the index or a part's config is missing or damaged, or a name would
         lead out of the folder.
     """
-    if not (folder / _INDEX).is_file():
-        raise TeacherError(
-            f"{folder} has no {_INDEX}, so it is no pipeline in diffusers format; "
-            "save the whole pipeline with save_pretrained, not its network alone"
-        )
     return {
         name: _component(folder, name, entry[1])
-        for name, entry in read_json(folder / _INDEX).items()
+        for name, entry in read_index(folder).items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
 
@@ -105,7 +119,7 @@ def _component(folder: pathlib.Path, name: str, class_name: Any) -> Component:
         file = own / "config.json"
     # Parts without a config, such as tokenizers, are refused by name later on.
     config = read_json(file) if file.exists() else {}
-    return Component(str(class_name), own, config)
+    return Component(str(class_name).removeprefix("Flax"), own, config)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

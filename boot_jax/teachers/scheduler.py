@@ -118,7 +118,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
       TeacherError: the scheduler has no ODE that a student could follow, or one of its
         values is not supported; names it and what is.
     """
-    name = config.get("_class_name")
+    name = str(config.get("_class_name")).removeprefix("Flax")
     if name not in SUPPORTED:
         raise TeacherError(
             f"the scheduler {name} has no ODE that a student could follow, or not one "
