@@ -18,6 +18,7 @@ def get_config():
     config.data.name = "shapes"
     config.data.captions = True
     config.prompts.path = "configs/prompts/shapes.txt"
+    config.schedule.shift = 2.0  # a few large areas are seen through much noise
     config.network.name = "dit"
     config.network.dit = {
         "patch_size": 16,
@@ -28,6 +29,7 @@ def get_config():
     }
     config.teacher.prediction_type = "sample"
     config.teacher.guidance_scale = 2.0
+    config.teacher.thresholding = "clip"  # guidance leads out of [-1, 1]
     config.teacher.training.num_steps = 4000
     config.teacher.training.batch_size = 64
     config.teacher.training.learning_rate = 2e-3
@@ -35,8 +37,8 @@ def get_config():
     config.objective.kind = "boot"
     config.objective.solver = "ddim"  # guidance doubles the teacher's batch
     config.objective.boundary_share = 0.25
-    config.distill.num_steps = 3000
-    config.distill.batch_size = 64
+    config.distill.num_steps = 2000
+    config.distill.batch_size = 32
     config.distill.learning_rate = 1e-3
     config.distill.ema_decay = 0.995
     return config
