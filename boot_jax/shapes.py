@@ -20,7 +20,7 @@ which colour.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,13 +39,15 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 #: Half the width of a circle, in pixels; the others have about its area.
 SIZES = {"small": 3.0, "large": 5.0}
-#: Directions from the middle: down and to the right.
-PLACES = {"left": (0, -1), "right": (0, 1), "top": (-1, 0), "bottom": (1, 0)}
+#: Pixels from the middle of the image: down and to the right.
+PLACES = {
+    "left": (0, -3),
+    "right": (0, 3),
+    "top": (-3, 0),
+    "bottom": (3, 0),
+    "centre": (0, 0),
+}
 BACKGROUNDS = {"white": 1.0, "black": 0.0}
-
-# Whole pixels from the middle to a named place, and at most to an unnamed one; and at
-# most to the sides of a named one.
-_OFFSET, _JITTER = 2, 1
 
 # A fit must explain this share of an image's variance to be the shape, and the next
 # best shape must leave this many times as much unexplained.
@@ -111,26 +113,18 @@ def images_of(given: Sequence[str], indices: np.ndarray, seed: int = 0) -> np.nd
       KeyError: a caption that the grammar does not make.
     """
     meanings = [_meanings()[caption] for caption in given]
-    draws = [_uniform(indices, seed, stream) for stream in range(1, 5)]
-    radius = [
-        SIZES[m.size or _pick(SIZES, draw)]
-        for m, draw in zip(meanings, draws[0], strict=True)
-    ]
-    place = np.transpose([PLACES.get(m.place or "", (0, 0)) for m in meanings])
-    spread = np.where(place.any(0), _JITTER, _OFFSET) * (place == 0)
-    shift = np.floor(np.stack(draws[1:3]) * (2 * spread + 1)) - spread
-    row, column = (SIDE - 1) / 2 + _OFFSET * place + shift
+    draws = [_uniform(indices, seed, stream) for stream in range(1, 4)]
+    radius = np.array(_drawn(SIZES, [m.size for m in meanings], draws[0]))
+    place = np.array(_drawn(PLACES, [m.place for m in meanings], draws[1]))
+    ground = np.array(_drawn(BACKGROUNDS, [m.background for m in meanings], draws[2]))
+    row, column = (SIDE - 1) / 2 + place.T
     coverage = np.zeros((len(meanings), SIDE, SIDE))
     for shape in SHAPES:
         of_shape = np.array([meaning.shape == shape for meaning in meanings], bool)
         coverage[of_shape] = _coverage(
-            shape, row[of_shape], column[of_shape], np.array(radius)[of_shape]
+            shape, row[of_shape], column[of_shape], radius[of_shape]
         )
-    grounds = [
-        BACKGROUNDS[m.background or _pick(BACKGROUNDS, draw)]
-        for m, draw in zip(meanings, draws[3], strict=True)
-    ]
-    ground = np.reshape(grounds, (-1, 1, 1, 1))
+    ground = ground[:, None, None, None]
     colour = np.reshape([COLOURS[m.colour] for m in meanings], (-1, 1, 1, 3))
     images = ground + coverage[..., None] * (colour - ground)
     return (2 * images - 1).astype(np.float32)
@@ -138,7 +132,7 @@ def images_of(given: Sequence[str], indices: np.ndarray, seed: int = 0) -> np.nd
 
 def recognise(images: np.ndarray) -> list[Recognised]:
     """Colour and shape of images ``[n, SIDE, SIDE, 3]`` in [-1, 1], by eq. (1)."""
-    pixels = np.clip(np.asarray(images, np.float64) / 2 + 0.5, 0, 1)
+    pixels = np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1)
     pixels = pixels.reshape(len(pixels), -1, 3)
     templates, shapes = _templates()
     mean = pixels.mean(1, keepdims=True)
@@ -147,7 +141,8 @@ def recognise(images: np.ndarray) -> list[Recognised]:
     centred = templates - middle
     power = (centred**2).sum(1)
     # Least squares of a line: the covariance of template and pixels by the template's.
-    slopes = centred @ (pixels - mean) / power[:, None]
+    products = np.tensordot(pixels - mean, centred, (1, 1)).swapaxes(1, 2)
+    slopes = products / power[:, None]
     explained = (slopes**2).sum(-1) * power / np.maximum(total, 1e-12)[:, None]
     best = explained.argmax(1)
     return [
@@ -176,7 +171,7 @@ def diversity(images: np.ndarray, given: Sequence[str]) -> float:
 
     Args:
       images: ``[n, SIDE, SIDE, 3]`` in [-1, 1].
-      given: ``n`` captions, at least two of them equal.
+      given: ``n`` captions, some of them equal, and such as leave something open.
     """
     real = images_of(given, np.arange(len(given)), seed=1)
     names = np.asarray(given)
@@ -207,16 +202,23 @@ def _shape(explained: np.ndarray, shapes: np.ndarray) -> str | None:
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Coverages ``[T, SIDE * SIDE]`` on a grid of places and sizes, and their names."""
-    places = (SIDE - 1) / 2 + np.arange(-_OFFSET - 1, _OFFSET + 1.25, 0.5)
-    radii = np.arange(min(SIZES.values()) - 0.5, max(SIZES.values()) + 0.75, 0.25)
+    places = (SIDE - 1) / 2 + np.arange(-4, 4.5, 0.5)
+    radii = np.arange(min(SIZES.values()) - 0.5, max(SIZES.values()) + 1, 0.5)
     grid = [axis.ravel() for axis in np.meshgrid(places, places, radii)]
     coverages = [_coverage(shape, *grid) for shape in SHAPES]
-    templates = np.concatenate(coverages).reshape(-1, SIDE * SIDE)
+    templates = np.concatenate(coverages).reshape(-1, SIDE * SIDE).astype(np.float32)
     return templates, np.repeat(SHAPES, len(grid[0]))
 
 
-def _pick(choices: Mapping[str, float], draw: float) -> str:
-    return list(choices)[int(draw * len(choices))]
+def _drawn(
+    choices: Mapping[str, Any], given: Sequence[str | None], draws: np.ndarray
+) -> list[Any]:
+    """What names stand for; where there is no name, any of the choices."""
+    every = list(choices.values())
+    return [
+        every[int(draw * len(every))] if name is None else choices[name]
+        for name, draw in zip(given, draws, strict=True)
+    ]
 
 
 def _coverage(

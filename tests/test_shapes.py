@@ -1,13 +1,37 @@
 """The drawn shapes: what captions say is what images show, and the judge sees it."""
 
+import importlib.util
+import pathlib
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from scipy.ndimage import gaussian_filter
 
-from boot_jax import shapes
+from boot_jax import pipeline, shapes
 from boot_jax.batches import batches
 from boot_jax.data import DataError, load
+from boot_jax.run import Run
+from boot_jax.sharding import AXES
 from boot_jax.tokenizers import WordTokenizer
+from boot_jax.workdir import open_workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+#: Least share of right colours, least accuracy and least diversity.
+MARKS = [("teacher", 0.6, 0.15, 0.5), ("student", 0.6, 0.1, 0.4)]
+
+
+def module_of(folder: str) -> Any:
+    """Of the shapes, in a folder that is no package."""
+    path = ROOT / folder / "shapes.py"
+    spec = importlib.util.spec_from_file_location(f"{folder}_shapes", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +43,7 @@ def drawn():
 
 def test_captions_are_distinct_sentences_of_few_words():
     captions = shapes.captions()
-    assert len(set(captions)) == len(captions) == 3 * 6 * 4 * 5 * 3
+    assert len(set(captions)) == len(captions) == 3 * 6 * 4 * 6 * 3
     assert {"a red circle", "a small blue cross at left on black"} <= set(captions)
     tokenizer = WordTokenizer.from_prompts(captions)
     assert tokenizer.row_shape == (8,)
@@ -37,7 +61,7 @@ def test_an_image_is_a_function_of_seed_and_index(drawn):
     )
     assert shapes.captions_of(np.arange(600), seed=1) != captions
     others = shapes.images_of(captions, np.arange(600), seed=1)
-    assert (others != images).any((1, 2, 3)).mean() > 0.7
+    assert (others != images).any((1, 2, 3)).mean() > 0.3
 
 
 def test_images_are_in_range_and_anti_aliased(drawn):
@@ -46,13 +70,13 @@ def test_images_are_in_range_and_anti_aliased(drawn):
     assert images.min() == -1 and images.max() == 1
     # There are pixels between background and colour.
     values = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
-    assert np.mean(np.array(values) > 2) > 0.9
+    assert np.mean(np.array(values) > 2) > 0.8
 
 
 def test_all_captions_are_as_likely():
-    captions = shapes.captions_of(np.arange(108_000))
+    captions = shapes.captions_of(np.arange(129_600))
     _, counts = np.unique(captions, return_counts=True)
-    assert len(counts) == 1080
+    assert len(counts) == 1296
     # A Poisson count of mean 100 has a deviation of 10.
     assert 9 < counts.std() < 11 and 95 < np.median(counts) < 105
 
@@ -77,8 +101,8 @@ def test_the_words_of_a_caption_are_seen():
         shown = coverage(many(f"a small red circle at {place} on black"))
         rows = (shown * grid[:, None]).sum((1, 2)) / shown.sum((1, 2))
         columns = (shown * grid).sum((1, 2)) / shown.sum((1, 2))
-        assert (rows * down + columns * right > 1).all()
-        assert (np.abs(rows * right + columns * down) < 1.5).all()
+        np.testing.assert_allclose(rows, down, atol=0.01)
+        np.testing.assert_allclose(columns, right, atol=0.01)
     for ground, value in (("white", 1), ("black", -1)):
         corner = many(f"a small red circle on {ground}")[:, 0, 0]
         np.testing.assert_array_equal(corner, np.full((200, 3), value))
@@ -90,13 +114,18 @@ def test_what_a_caption_leaves_open_varies():
     assert 160 < white.sum() < 240
     areas = coverage(images[~white]).sum((1, 2))
     assert areas.max() > 2 * areas.min()
-    # Two backgrounds, two sizes, five rows and as many columns.
-    assert len(np.unique(images, axis=0)) == 100
+    # Two backgrounds, two sizes, five places.
+    assert len(np.unique(images, axis=0)) == 20
 
 
 def test_a_caption_of_other_words_is_refused():
     with pytest.raises(KeyError, match="a red hexagon"):
         shapes.images_of(["a red hexagon"], np.arange(1))
+
+
+def test_the_file_of_captions_is_up_to_date():
+    path = ROOT / "configs" / "prompts" / "shapes.txt"
+    assert path.read_text().splitlines() == shapes.captions()
 
 
 # --- the judge
@@ -213,3 +242,31 @@ def test_batches_bring_the_tokens_of_their_captions():
     no_captions = batches(load("digits"), 4, seed=3, tokenizer=tokenizer)
     assert "tokens" not in next(no_captions)
     no_captions.close()
+
+
+# --- text-to-image, from the config, shortened
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
+    """A fifth of the config's steps: colours are right by then, shapes begin to be."""
+    config = module_of("configs").get_config()
+    for training in (config.teacher.training, config.distill):
+        training.num_steps //= 5
+        training.ema_decay = 0.98
+    config.prompts.path = str(ROOT / config.prompts.path)
+    one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 3}
+    mesh = jax.make_mesh((1, 1, 1), AXES, **one)
+    run = Run(config, open_workdir(tmp_path / "run", config), mesh)
+    pipeline.distill(run)
+    scores = module_of("benchmarks").scores(run, num_seeds=100)
+    captions = shapes.captions_of(np.arange(100), seed=77)
+    for name, colours, both, varied in MARKS:
+        found = shapes.recognise(scores[name]["images"])
+        right = [
+            shown.colour is not None and shown.colour in caption
+            for shown, caption in zip(found, captions, strict=True)
+        ]
+        assert np.mean(right) > colours, name
+        assert scores[name]["accuracy"] > both, name
+        assert scores[name]["diversity"] > varied, name

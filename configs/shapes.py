@@ -1,0 +1,44 @@
+"""Coloured shapes from captions: text-to-image in one step, on two cores.
+
+python -m boot_jax.main --config=configs/shapes.py
+
+A teacher learns 16x16 shapes with captions ("a small red square at left on white"),
+which are drawn as they are needed. A student is distilled from the captions alone, of
+configs/prompts/shapes.txt, which was written with
+
+python -c "from boot_jax import shapes; print(*shapes.captions(), sep='\\n')"
+"""
+
+from boot_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.title = "Coloured shapes from captions, in one step"
+    config.data.name = "shapes"
+    config.data.captions = True
+    config.prompts.path = "configs/prompts/shapes.txt"
+    config.schedule.shift = 2.0  # a few large areas are seen through much noise
+    config.network.name = "dit"
+    config.network.dit = {
+        "patch_size": 16,
+        "hidden_size": 256,
+        "num_layers": 2,
+        "num_heads": 4,
+        "mlp_ratio": 4.0,
+    }
+    config.teacher.prediction_type = "sample"
+    config.teacher.guidance_scale = 2.0
+    config.teacher.thresholding = "clip"  # guidance leads out of [-1, 1]
+    config.teacher.training.num_steps = 4000
+    config.teacher.training.batch_size = 64
+    config.teacher.training.learning_rate = 2e-3
+    config.teacher.training.ema_decay = 0.995
+    config.objective.kind = "boot"
+    config.objective.solver = "ddim"  # guidance doubles the teacher's batch
+    config.objective.boundary_share = 0.25
+    config.distill.num_steps = 2000
+    config.distill.batch_size = 32
+    config.distill.learning_rate = 1e-3
+    config.distill.ema_decay = 0.995
+    return config
