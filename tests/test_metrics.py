@@ -6,16 +6,21 @@ import scipy.linalg
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from boot_jax.evaluation import metrics
-from boot_jax.evaluation.metrics import (
+from boot_jax.evaluation import neighbours
+from boot_jax.evaluation.frechet import (
     FeatureStatistics,
-    density_coverage,
-    equivalent_steps,
     feature_statistics,
     frechet_distance,
+)
+from boot_jax.evaluation.metrics import (
+    equivalent_steps,
     normalized_error,
-    precision_recall,
     variance_ratio,
+)
+from boot_jax.evaluation.neighbours import (
+    density_coverage,
+    mean_pairwise_distance,
+    precision_recall,
 )
 
 
@@ -164,7 +169,7 @@ def brute_force_balls(centres: np.ndarray, points: np.ndarray, k: int) -> np.nda
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block_rows", [7, 1024])
 def test_manifold_metrics_are_those_of_brute_force(rng, monkeypatch, k, block_rows):
-    monkeypatch.setattr(metrics, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(neighbours, "BLOCK_ROWS", block_rows)
     real = rng.normal(size=(60, 4))
     generated = 0.7 * rng.normal(size=(45, 4)) + 0.8
     in_real = brute_force_balls(real, generated, k)
@@ -275,6 +280,17 @@ def test_normalized_error_refuses_sets_that_are_not_paired(rng):
     images = rng.normal(size=(5, 2, 2, 1))
     with pytest.raises(ValueError, match="paired"):
         normalized_error(images, images[:4])
+
+
+def test_mean_pairwise_distance_is_that_of_all_pairs(rng):
+    features = rng.normal(size=(30, 4))
+    pairs = [
+        np.linalg.norm(a - b)
+        for i, a in enumerate(features)
+        for j, b in enumerate(features)
+        if i != j
+    ]
+    assert mean_pairwise_distance(features) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
 # --- equivalent steps -------------------------------------------------------------

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from boot_jax.conditions import TOKENS
-from boot_jax.evaluation import metrics
+from boot_jax.evaluation import frechet, metrics, neighbours
 from boot_jax.evaluation.features import FeatureExtractor
 from boot_jax.guidance import SCALE_KEY, Denoiser
 from boot_jax.objectives import Objective, Signal
@@ -183,14 +183,14 @@ class _Scorer:
     ) -> None:
         self._features, self._reference, self._k = features, reference, neighbours
         self._real = features(real)
-        self._statistics = metrics.feature_statistics(self._real)
+        self._statistics = frechet.feature_statistics(self._real)
 
     def score(self, generated: Generated, fit: bool = True) -> dict[str, float]:
         found = self._features(generated.images)
-        nearby = metrics.precision_recall(self._real, found, self._k)
+        nearby = neighbours.precision_recall(self._real, found, self._k)
         scores = {
-            "frechet_distance": metrics.frechet_distance(
-                self._statistics, metrics.feature_statistics(found)
+            "frechet_distance": frechet.frechet_distance(
+                self._statistics, frechet.feature_statistics(found)
             ),
             "precision": nearby.precision,
             "recall": nearby.recall,
