@@ -282,6 +282,31 @@ def test_normalized_error_refuses_sets_that_are_not_paired(rng):
         normalized_error(images, images[:4])
 
 
+def test_wide_features_agree_with_the_naive_definition(rng):
+    """They are compared by products, and points at just a ball's radius still count."""
+    real, generated = rng.normal(size=(60, 300)) + 5.0, rng.normal(size=(50, 300)) + 5.0
+    generated[:20] = real[:20]  # memorised: each at distance 0, or at a ball's radius
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+
+    def radii(a, k):
+        return np.sort(distances(a, a), axis=1)[:, k]
+
+    between = distances(generated, real)
+    slack = 1e-7
+    inside = between <= radii(real, 3)[None] + slack
+    recalled = between <= radii(generated, 3)[:, None] + slack
+    found = precision_recall(real, generated, 3)
+    assert found == (inside.any(1).mean(), recalled.any(0).mean())
+    inside = between <= radii(real, 5)[None] + slack
+    density, coverage = density_coverage(real, generated, 5)
+    assert density == pytest.approx(inside.sum() / 5 / 50)
+    assert coverage == pytest.approx(inside.any(0).mean())
+    expected = distances(real, real).sum() / 60 / 59
+    assert mean_pairwise_distance(real) == pytest.approx(expected, rel=1e-9)
+
+
 def test_mean_pairwise_distance_is_that_of_all_pairs(rng):
     features = rng.normal(size=(30, 4))
     pairs = [

@@ -182,7 +182,7 @@ def frechet_influences(
 
         2 (m - m_r) . (x - m) + (x - m)^T (I - T) (x - m) - tr((I - T) C)
 
-    over the number of images. Where ``C`` has no full rank, ``T`` is taken on its range.
+    over the number of images. Without full rank of ``C``, ``T`` is that on its range.
 
     Args:
       reference: held fixed.

@@ -21,6 +21,9 @@ Floats = NDArray[np.float64]
 # Rows of a block of distances: 1,024 of them against 50,000 features take 400 MB.
 BLOCK_ROWS = 1024
 
+# Features wider than this have their distances expanded into products.
+_WIDE = 256
+
 
 class PrecisionRecall(NamedTuple):
     """Fidelity and variety, each in [0, 1]."""
@@ -51,20 +54,34 @@ class Terms(NamedTuple):
 def _squared_distances(a: Floats, b: Floats) -> Iterator[tuple[slice, Floats]]:
     """Blocks of rows of the squared distances between ``a`` and ``b``.
 
-    Differences are squared, not expanded into ``|a|^2 + |b|^2 - 2ab``: that is slower,
-    but exact for equal points, and a point at just the radius of a ball is common.
+    Of narrow features the differences are squared, which is exact for equal points. Of
+    wide ones that would take hours; they are expanded into ``|a|^2 + |b|^2 - 2ab``.
     """
+    wide = a.shape[1] > _WIDE
+    lengths = np.sum(b**2, axis=1) if wide else np.zeros(0)
     for start in range(0, len(a), BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, len(a)))
-        yield rows, cdist(a[rows], b, "sqeuclidean").astype(np.float64, copy=False)
+        if wide:
+            own = np.sum(a[rows] ** 2, axis=1)[:, None]
+            expanded = own + lengths[None, :] - 2.0 * (a[rows] @ b.T)
+            yield rows, np.maximum(expanded, 0.0)
+        else:
+            yield rows, cdist(a[rows], b, "sqeuclidean").astype(np.float64, copy=False)
 
 
 def _squared_radii(features: Floats, k: int) -> Floats:
-    """Each point's squared distance to its ``k``-th nearest other point, ``[N]``."""
+    """Each point's squared distance to its ``k``-th nearest other point, ``[N]``.
+
+    A point at just the radius of a ball is common, and must count as within: where
+    distances are rounded, the radii are larger by more than the rounding.
+    """
     radii = np.empty(len(features))
     for rows, distances in _squared_distances(features, features):
         # Sorted, the nearest is the point itself (or its double), at distance 0.
         radii[rows] = np.partition(distances, k, axis=1)[:, k]
+    if features.shape[1] > _WIDE:
+        largest = float(np.sum(features**2, axis=1).max())
+        radii = radii * (1.0 + 1e-9) + 1e-12 * largest
     return radii
 
 
@@ -160,6 +177,8 @@ def pairwise_distance_terms(features: ArrayLike) -> Floats:
     given = checked_features(features, at_least=2)
     terms = np.empty(len(given))
     for rows, squared in _squared_distances(given, given):
+        count = len(squared)
+        squared[np.arange(count), np.arange(count) + rows.start] = 0.0
         terms[rows] = np.sqrt(squared).sum(axis=1) / (len(given) - 1)
     return terms
 
