@@ -27,6 +27,44 @@ class EquivalentSteps(NamedTuple):
         return sign + f"{self.value:.1f}".removesuffix(".0")
 
 
+class TotalVariance:
+    """The total variance of images that come in batches, in float64.
+
+    The mean over the images of the squared distance to the mean image.
+
+    >>> variance = TotalVariance()
+    >>> for batch in ([[0.0], [1.0]], [[5.0]]):
+    ...     variance.update(batch)
+    >>> round(variance.value(), 12)
+    4.666666666667
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Floats = np.zeros(())
+        self._scatter = 0.0
+
+    def update(self, images: ArrayLike) -> None:
+        """Adds ``[n, ...]``, at least one image."""
+        batch = np.asarray(images, np.float64)
+        mean, total = batch.mean(axis=0), self.count + len(batch)
+        shift = mean - self._mean
+        between = float(np.sum(shift**2)) * self.count * len(batch) / total
+        self._scatter += float(np.sum((batch - mean[None]) ** 2)) + between
+        self._mean = self._mean + shift * (len(batch) / total)
+        self.count = total
+
+    def value(self) -> float:
+        """Of all batches so far.
+
+        Raises:
+          ValueError: there were none.
+        """
+        if not self.count:
+            raise ValueError("a variance needs images, but there were none")
+        return self._scatter / self.count
+
+
 def _total_variance(images: Floats) -> float:
     """Mean over the images of the squared distance to the mean image."""
     return float(images.var(axis=0).sum())
