@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from flax.serialization import msgpack_serialize
+from meshes import mesh_of
 from safetensors.numpy import save_file
 from torch_inception import random_inception
 
@@ -22,15 +23,8 @@ from boot_jax.evaluation.inception import (
 from boot_jax.evaluation.inception_features import InceptionFeatures
 from boot_jax.evaluation.resizing import Resizer
 from boot_jax.models.weights import WeightsError, read_tensors
-from boot_jax.sharding import AXES
 
 SHAPE = (24, 20, 3)
-
-
-def mesh_of(count: int) -> jax.sharding.Mesh:
-    kinds = (jax.sharding.AxisType.Auto,) * 3
-    devices = jax.devices()[:count]
-    return jax.make_mesh((count, 1, 1), AXES, axis_types=kinds, devices=devices)
 
 
 @pytest.fixture(scope="module")

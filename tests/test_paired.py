@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from scipy.integrate import solve_ivp
 
 from boot_jax.config import default_config
@@ -160,17 +161,18 @@ def test_without_real_images_the_ode_is_the_reference():
     assert results["student"]["frechet_distance"] < 1e-2
 
 
-def test_figures_do_not_depend_on_the_batch_size(exact):
-    """Nor, so, on how many batches there are; the last is filled up and cut."""
+@pytest.mark.parametrize("devices, batch_size", [(1, 104), (2, 256), (8, 56)])
+def test_figures_do_not_depend_on_devices_and_batches(exact, devices, batch_size):
+    """The last batch is filled up and cut."""
     real = np.asarray(sample_mixture(pair_of(None).teacher, jax.random.key(0), 2000))
     features = get_features("pixels", SHAPE)
-    options = OPTIONS | {"batch_size": 104, "ddim_steps": (1,), "grid_images": 3}
+    changes = {"batch_size": batch_size, "ddim_steps": (1,), "grid_images": 3}
     results, rows = paired.compare(
         pair_of(exact_signal),
-        options,
+        OPTIONS | changes,
         features,
         measure(np.split(real, [7, 900]), features, "the mixture"),
-        create_mesh(),
+        mesh_of(devices),
     )
     for name, expected in exact[0]["student"].items():
         found = results["student"][name]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from boot_jax.evaluation.features import Description
+from boot_jax.evaluation.features import Description, FeatureError
 from boot_jax.evaluation.frechet import extrapolated_distance, feature_statistics
 from boot_jax.evaluation.reference import Measured
 from boot_jax.evaluation.scores import score
@@ -36,10 +36,10 @@ def self_test(real: Measured, options: Mapping[str, Any]) -> dict[str, Any]:
       ``num_reference`` and ``frechet_distance_infinite``.
 
     Raises:
-      ValueError: there are fewer than `LEAST` real images, or no features of theirs.
+      FeatureError: there are fewer than `LEAST` real images, or no features of theirs.
     """
     if real.description is None or len(real.description.features) < LEAST:
-        raise ValueError(
+        raise FeatureError(
             f"evaluation.selftest needs the features of {LEAST} real images at least; "
             "raise evaluation.num_real, or name data"
         )
