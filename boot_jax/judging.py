@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from boot_jax.config import ConfigError
 from boot_jax.evaluation import paired
+from boot_jax.evaluation.clip_score import ClipScorer
 from boot_jax.evaluation.features import FeatureExtractor, get_features
+from boot_jax.evaluation.lpips import Lpips
 from boot_jax.evaluation.paired import Judges, Pair
 from boot_jax.evaluation.reference import Measured, measure_once, read_reference
 from boot_jax.evaluation.selftest import self_test
@@ -37,11 +40,13 @@ def judge(
     reads_samples = options.features == "pixels"
     shape = teacher.sample_shape if reads_samples else teacher.image_shape
     features = get_features(options.features, shape, options, run.mesh)
+    judges, names = _judges(run, pair)
     progress("reference")
     real = _reference(run, features)
     results, rows = paired.compare(
-        pair, options, features, real, run.mesh, progress, Judges()
+        pair, options, features, real, run.mesh, progress, judges
     )
+    results["judges"] = names
     if real is None:
         results["data"] = "the teacher's own ODE samples: the config names no data"
     else:
@@ -72,6 +77,30 @@ def _reference(run: Run, features: FeatureExtractor) -> Measured | None:
     return dataclasses.replace(
         stored, description=measured.description, variance=measured.variance
     )
+
+
+def _judges(run: Run, pair: Pair) -> tuple[Judges, dict[str, str]]:
+    """Scores of single images, and the names of what gives them."""
+    options, names = run.config.evaluation, {}
+    perceptual = matching = None
+    if "lpips" in options.metrics:
+        perceptual = Lpips.from_file(options.lpips_weights, run.mesh)
+        perceptual.check(run.teacher.image_shape)
+        names["lpips"] = perceptual.name
+    if "clip_score" in options.metrics:
+        if run.prompts is None or pair.tokens is None:
+            raise ConfigError(
+                "evaluation.metrics has 'clip_score', but this teacher takes no "
+                "prompts; leave it out"
+            )
+        scorer = ClipScorer.from_folder(options.clip, run.mesh)
+        texts, count = run.prompts.cache.text, len(pair.tokens)
+        names["clip_score"] = scorer.name
+
+        def matching(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+            return scorer(images, [texts(int(i) % count) for i in indices])
+
+    return Judges(perceptual=perceptual, matching=matching), names
 
 
 def _real_images(run: Run) -> tuple[Iterator[np.ndarray], str, int] | None:

@@ -36,6 +36,15 @@ class Description(NamedTuple):
     spatial: NDArray[Any] | None = None
     logits: NDArray[Any] | None = None
 
+    def take(self, indices: NDArray[Any]) -> "Description":
+        """Of some of the images."""
+        spatial, logits = self.spatial, self.logits
+        return Description(
+            self.features[indices],
+            None if spatial is None else spatial[indices],
+            None if logits is None else logits[indices],
+        )
+
 
 class FeatureExtractor(Protocol):
     """Maps images to vectors, one for each image, independently of each other."""

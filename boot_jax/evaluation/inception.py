@@ -108,7 +108,7 @@ def _unit(
 
 
 def _mean_pool(x: Array) -> Array:
-    return nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False)
+    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
 def _halve(x: Array) -> Array:
@@ -205,7 +205,7 @@ class BlockE(nn.Module):
         double = _unit(448, name="branch3x3dbl_1")(x)
         double = _unit(384, 3, name="branch3x3dbl_2")(double)
         if self.max_pool:
-            pooled = nn.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+            pooled = nn.max_pool(x, (3, 3), (1, 1), "SAME")
         else:
             pooled = _mean_pool(x)
         branches = [

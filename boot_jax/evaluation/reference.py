@@ -58,13 +58,19 @@ class Samples:
 
     def measured(self, **provenance: Any) -> "Measured":
         """All images so far, with whatever is to be told of them."""
-        columns = zip(*self._parts, strict=True)
-        joined = [None if c[0] is None else np.concatenate(c) for c in columns]
+        parts = self._parts
+        spatial = [part.spatial for part in parts if part.spatial is not None]
+        logits = [part.logits for part in parts if part.logits is not None]
+        description = Description(
+            np.concatenate([part.features for part in parts]),
+            np.concatenate(spatial) if spatial else None,
+            np.concatenate(logits) if logits else None,
+        )
         has_spatial = self._spatial_moments.count > 0
         return Measured(
             statistics=self._moments.statistics(),
             spatial=self._spatial_moments.statistics() if has_spatial else None,
-            description=Description(*joined),
+            description=description,
             variance=self._variance.value(),
             provenance=provenance,
         )

@@ -10,6 +10,7 @@ or None, and is then shown as an en dash::
      "ddim_equivalent_steps": 10.3, "ddim_equivalent_steps_censored": "none",
      "features": "pixels 8x8x1", "distance_name": "Fréchet distance",
      "num_images": 1797, "data": "where from", "warnings": ["..."],
+     "judges": {"lpips": "which network"}, "reference": {its provenance},
      "selftest": {the figures of sets, "num_images", "num_reference",
                   "frechet_distance_infinite"},
      "seconds": {"teacher": 60.0, ...}, "versions": {"jax": ...}, "device": "..."}
@@ -308,6 +309,10 @@ def _facts(results: Mapping[str, Any]) -> dict[str, object]:
         "student's variance / reference's": _number(ratio, ".3f"),
         "device": results.get("device"),
     }
+    for name, judge in (results.get("judges") or {}).items():
+        facts[name.replace("_", " ")] = judge
+    for name, value in (results.get("reference") or {}).items():
+        facts[f"reference, {name.replace('_', ' ')}"] = value
     for phase, seconds in (results.get("seconds") or {}).items():
         facts[f"time, {phase}"] = f"{_number(seconds, '.1f')} s"
     for package, version in (results.get("versions") or {}).items():

@@ -43,9 +43,8 @@ def _pillow(size: int, new_size: int) -> Floats:
         centre = (i + 0.5) * scale
         first = max(int(centre - 2.0 * stretch + 0.5), 0)
         last = min(int(centre + 2.0 * stretch + 0.5), size)
-        weights[i, first:last] = _bicubic(
-            (np.arange(first, last) - centre + 0.5) / stretch
-        )
+        places = np.arange(first, last, dtype=np.float64)
+        weights[i, first:last] = _bicubic((places - centre + 0.5) / stretch)
     return weights / weights.sum(axis=1, keepdims=True)
 
 

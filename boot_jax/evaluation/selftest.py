@@ -60,7 +60,7 @@ def self_test(real: Measured, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(whole: Description, chosen: np.ndarray) -> Measured:
-    part = Description(*(None if a is None else a[chosen] for a in whole))
+    part = whole.take(chosen)
     return Measured(statistics=feature_statistics(part.features), description=part)
 
 

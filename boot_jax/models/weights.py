@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 # Named, because ``time_embedding.linear_1`` ends in a number and is no list.
 _LISTS = re.compile(
     r"(down_blocks|up_blocks|transformer_blocks|resnets|attentions|downsamplers"
-    r"|upsamplers|to_out|net|layers)_(\d+)"
+    r"|upsamplers|to_out|net|layers|features)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
