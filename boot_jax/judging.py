@@ -82,11 +82,12 @@ def _reference(run: Run, features: FeatureExtractor) -> Measured | None:
 def _judges(run: Run, pair: Pair) -> tuple[Judges, dict[str, str]]:
     """Scores of single images, and the names of what gives them."""
     options, names = run.config.evaluation, {}
-    perceptual = matching = None
+    judges = Judges()
     if "lpips" in options.metrics:
         perceptual = Lpips.from_file(options.lpips_weights, run.mesh)
         perceptual.check(run.teacher.image_shape)
         names["lpips"] = perceptual.name
+        judges = dataclasses.replace(judges, perceptual=perceptual)
     if "clip_score" in options.metrics:
         if run.prompts is None or pair.tokens is None:
             raise ConfigError(
@@ -100,7 +101,8 @@ def _judges(run: Run, pair: Pair) -> tuple[Judges, dict[str, str]]:
         def matching(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
             return scorer(images, [texts(int(i) % count) for i in indices])
 
-    return Judges(perceptual=perceptual, matching=matching), names
+        judges = dataclasses.replace(judges, matching=matching)
+    return judges, names
 
 
 def _real_images(run: Run) -> tuple[Iterator[np.ndarray], str, int] | None:

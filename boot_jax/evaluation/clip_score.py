@@ -69,7 +69,7 @@ class Preprocessor(NamedTuple):
         if isinstance(crop, dict):
             crop = crop.get("height")
         mean, std = config.get("image_mean", _MEAN), config.get("image_std", _STD)
-        if not isinstance(size, int) or crop != image_size:
+        if not isinstance(size, int) or not isinstance(crop, int) or crop != image_size:
             raise FeatureError(
                 f"{path} crops images to {crop}, but the network reads {image_size} "
                 "pixels; fetch the folder again"
@@ -114,8 +114,9 @@ class ClipScorer:
         self._tokenizer, self._preprocessor = tokenizer, preprocessor
 
         def cosines(params: Any, tokens: Array, images: Array) -> Array:
-            words = text.apply({"params": params["text"]}, tokens).text_embeds
-            seen = vision.apply({"params": params["vision"]}, images).image_embeds
+            encoded: Any = text.apply({"params": params["text"]}, tokens)
+            encoded_images: Any = vision.apply({"params": params["vision"]}, images)
+            words, seen = encoded.text_embeds, encoded_images.image_embeds
             lengths = jnp.linalg.norm(words, axis=-1) * jnp.linalg.norm(seen, axis=-1)
             return jnp.sum(words * seen, axis=-1) / lengths
 

@@ -158,7 +158,7 @@ class Lpips:
         self._params = place(params, replicated(self._mesh))
         module, sharding = PerceptualDistance(network), batch_sharding(self._mesh)
 
-        def distances(params: Any, a: Array, b: Array) -> Array:
+        def distances(params: Any, a: Array, b: Array) -> Any:
             colours = (jnp.broadcast_to(x, (*x.shape[:3], 3)) for x in (a, b))
             return module.apply({"params": params}, *colours)
 
