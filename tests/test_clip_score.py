@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import stable_diffusion
 import torch
-from clip_folders import write_clip_folder
+from clip_folders import write_clip_model
 from meshes import mesh_of
 from PIL import Image
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
@@ -98,19 +97,7 @@ def test_refuses_what_it_would_compute_otherwise(changes, message):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of a tiny random model, whose cosines are well away from 0."""
-    folder = write_clip_folder(tmp_path_factory.mktemp("model") / "clip", length=16)
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    end = len(vocabulary) - 1
-    text = {k: v for k, v in TINY.items() if k not in ("image_size", "patch_size")}
-    text |= {"vocab_size": len(vocabulary), "max_position_embeddings": 16}
-    text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=TINY, projection_dim=20)
-    )
-    stable_diffusion.randomised(model)
-    with torch.no_grad():
-        model.text_model.embeddings.token_embedding.weight.normal_()
-    model.save_pretrained(folder)
+    folder = write_clip_model(tmp_path_factory.mktemp("model") / "clip", TINY)
     CLIPImageProcessor(
         size={"shortest_edge": 36}, crop_size=30, image_mean=[0.4, 0.5, 0.6]
     ).save_pretrained(folder)
