@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-#: Singular values below this share of the largest count as 0 where they divide.
-_RANK_TOLERANCE = 1e-10
+#: Eigenvalues below this share of the largest count as 0 where they divide.
+_RANK_TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,13 @@ def frechet_influences(
       ``[N]``, of mean 0 but for the ``N - 1`` in the covariance.
     """
     _check_widths(reference, own)
-    left, values, _ = np.linalg.svd(reference.root @ own.root)
-    kept = values > _RANK_TOLERANCE * max(float(values[0]), 1e-300)
-    half = reference.root @ left[:, kept] / np.sqrt(values[kept])
+    squares, vectors = np.linalg.eigh(reference.root @ own.covariance @ reference.root)
+    kept = squares > _RANK_TOLERANCE * max(float(squares[-1]), 1e-300)
+    values = np.sqrt(squares[kept])
+    half = reference.root @ vectors[:, kept] / np.sqrt(values)
     centred = np.asarray(features, np.float64) - own.mean
     quadratic = np.sum(centred**2, axis=1) - np.sum((centred @ half) ** 2, axis=1)
-    trace = np.trace(own.covariance) - values[kept].sum()
+    trace = np.trace(own.covariance) - values.sum()
     return 2.0 * centred @ (own.mean - reference.mean) + quadratic - trace
 
 
