@@ -43,6 +43,7 @@ def judge(
     judges, names = _judges(run, pair)
     progress("reference")
     real = _reference(run, features)
+    floor = _floor(run, real, progress) if options.selftest else None
     results, rows = paired.compare(
         pair, options, features, real, run.mesh, progress, judges
     )
@@ -51,10 +52,22 @@ def judge(
         results["data"] = "the teacher's own ODE samples: the config names no data"
     else:
         results["data"] = real.provenance["data"]
-        if options.selftest:
-            progress("self-test")
-            results["selftest"] = self_test(real, options)
+    if floor is not None:
+        results["selftest"] = floor
     return results, rows
+
+
+def _floor(
+    run: Run, real: Measured | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a perfect sampler would get."""
+    if real is None:
+        raise ConfigError(
+            "evaluation.selftest needs real images, but data.name is empty; name data, "
+            "or set evaluation.selftest=False"
+        )
+    progress("self-test")
+    return self_test(real, run.config.evaluation)
 
 
 def _reference(run: Run, features: FeatureExtractor) -> Measured | None:

@@ -1,5 +1,6 @@
 """Figures by choice, reference statistics in files, and the self-test."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -24,7 +25,7 @@ from boot_jax.evaluation.reference import (
     read_reference,
     write_reference,
 )
-from boot_jax.evaluation.scores import METRICS, rank_warnings, score
+from boot_jax.evaluation.scores import METRICS, score, warnings_of
 from boot_jax.evaluation.selftest import self_test, sentence
 
 SHAPE = (2, 3, 1)
@@ -117,10 +118,19 @@ def test_only_what_is_asked_for_is_computed():
 
 def test_too_few_images_for_the_rank_are_warned_of():
     many, few = measured(images_of(0, 90)), measured(images_of(1, 5))
-    assert rank_warnings(many, many) == []
-    (warning,) = rank_warnings(many, few)
+    assert warnings_of(many, many, options_of()) == []
+    (warning,) = warnings_of(many, few, options_of())
     assert warning.startswith("the samples are 5") and "at least 6 images" in warning
-    assert len(rank_warnings(few, few)) == 2
+    assert len(warnings_of(few, few, options_of())) == 2
+
+
+def test_figures_that_are_left_out_are_warned_of():
+    whole = measured(images_of(0, 90))
+    bare = dataclasses.replace(whole, description=None, spatial=None)
+    first, second = warnings_of(bare, whole, options_of())
+    assert first.startswith("left out: precision_recall, density_coverage, kernel_")
+    assert second.startswith("left out: spatial_frechet_distance")
+    assert warnings_of(bare, whole, options_of(metrics=("diversity",))) == []
 
 
 # --- reference statistics

@@ -23,7 +23,7 @@ from boot_jax.conditions import TOKENS
 from boot_jax.evaluation import metrics
 from boot_jax.evaluation.features import FeatureExtractor
 from boot_jax.evaluation.reference import Measured, Samples
-from boot_jax.evaluation.scores import Scores, rank_warnings, score
+from boot_jax.evaluation.scores import Scores, score, warnings_of
 from boot_jax.guidance import SCALE_KEY, Denoiser
 from boot_jax.objectives import Objective, Signal
 from boot_jax.prediction import expand
@@ -213,7 +213,7 @@ def compare(
     results["features"], results["num_images"] = features.name, options["num_images"]
     results["distance_name"] = features.distance_name
     results["reference"] = reference.provenance
-    results["warnings"] = rank_warnings(reference, measured)
+    results["warnings"] = warnings_of(reference, measured, options)
     shown = {steps: name for steps, name in ddim.items() if steps in (1, 8, 50)}
     rows = {
         f"teacher, {steps} step{'s' if steps > 1 else ''}": tallies[name].shown()

@@ -173,8 +173,10 @@ def _add_kernel_distance(
     scores.figures["kernel_distance_deviation"] = float(parts.std())
 
 
-def rank_warnings(reference: Measured, samples: Measured) -> list[str]:
-    """A line for each covariance without full rank."""
+def warnings_of(
+    reference: Measured, samples: Measured, options: Mapping[str, Any]
+) -> list[str]:
+    """A line for each covariance without full rank, and for figures left out."""
     warnings = []
     for what, statistics in (
         ("the reference's images", reference.statistics),
@@ -183,4 +185,14 @@ def rank_warnings(reference: Measured, samples: Measured) -> list[str]:
         width = len(statistics.mean)
         if warning := rank_warning(what, statistics.count, width):
             warnings.append(warning)
+    lost = [name for name in options["metrics"] if name in OF_FEATURES]
+    if reference.description is None and lost:
+        warnings.append(
+            f"left out: {', '.join(lost)}; the reference statistics hold no features, "
+            "and the config names no data"
+        )
+    if reference.spatial is None and "spatial_frechet_distance" in options["metrics"]:
+        warnings.append(
+            "left out: spatial_frechet_distance; the reference statistics hold no mu_s"
+        )
     return warnings
