@@ -186,7 +186,21 @@ def default_config() -> Any:
             "num_images": 2048,
             "num_real": 10_000,  # at most, of the data's first
             "batch_size": 512,
-            "features": "pixels",
+            "features": "pixels",  # pixels | inception (FID, with its weights)
+            "weights": "",  # of inception: .safetensors, .npz or .msgpack
+            "resize": "clean",  # clean | legacy_pytorch | legacy_tensorflow
+            "round_uint8": True,  # images, before they are resized
+            "statistics": "",  # .npz to be compared with; "": those of the data
+            # Beside the Frechet distance: precision_recall, density_coverage,
+            # kernel_distance, diversity; of inception also inception_score and
+            # spatial_frechet_distance; with weights of their own lpips and clip_score.
+            "metrics": ("precision_recall",),
+            "inception_splits": 10,  # parts of the images; 1: not by their order
+            "kernel_subset_size": 0,  # 0: all pairs of images; 1000 as published
+            "lpips_weights": "",  # .safetensors, .npz or .msgpack
+            "clip": "",  # a folder of a CLIP model
+            "bootstrap": 100,  # resamples of the 95 % intervals; 0: no intervals
+            "selftest": False,  # whether real images are also scored against others
             "ddim_steps": (1, 2, 4, 8, 10, 16, 32, 50),
             "ode_steps": 80,  # of Heun, two teacher calls each
             "error_times": 16,  # points on the curve of error over target time

@@ -94,6 +94,9 @@ def load(
       image_size: side in pixels; the largest centred square of each image is scaled
         down to it with a Lanczos filter. None keeps images, which must share one size.
       channels: 1 (grey) or 3 (RGB); None is 3 for a folder, else the source's own.
+        Grey, palette and CMYK files are converted as Pillow does it, without colour
+        profiles; transparency and orientation tags are not applied; files of more than
+        8 bits a channel are refused.
       split: a split of tensorflow-datasets or a slice of it, such as ``"train[:90%]"``;
         ``"train"`` or ``"test"`` of shapes, drawn from two seeds; the other sources
         have ``"train"`` alone, with all their images.
@@ -174,7 +177,9 @@ def _decode(file: str | io.BytesIO, place: str, options: _Options) -> np.ndarray
     # Turning by EXIF orientation is left out, as in the usual reference statistics.
     try:
         with Image.open(file) as opened:
-            if opened.mode.startswith(("I", "F")):
+            # Pillow opens 16-bit colour as if it had 8, and says so here alone.
+            raw = [str(tile[3]) for tile in getattr(opened, "tile", ())]
+            if opened.mode.startswith(("I", "F")) or any(";16B" in r for r in raw):
                 raise ValueError("it has more than 8 bits a channel")
             image = opened.convert("L" if options.channels == 1 else "RGB")
     # Pillow raises all of these for damaged files.

@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
@@ -23,12 +22,13 @@ from boot_jax import (
     distributed,
     gallery,
     interruption,
+    judging,
     sharding,
     summary,
     validation,
 )
-from boot_jax.evaluation import paired
-from boot_jax.evaluation.features import FEATURES, get_features
+from boot_jax.evaluation.features import FeatureError
+from boot_jax.evaluation.options import check_options
 from boot_jax.export.card import origin_of
 from boot_jax.export.finished import ExportError, FinishedStudent
 from boot_jax.export.folder import write_export
@@ -38,7 +38,6 @@ from boot_jax.models.weights import WeightsError
 from boot_jax.prompts import PromptError
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
-from boot_jax.teachers.mixture import sample_mixture
 from boot_jax.tokenizers import TokenizerError
 from boot_jax.trained import trained_pair
 from boot_jax.training.checkpoints import CheckpointError
@@ -53,6 +52,7 @@ USER_ERRORS = (
     data_lib.DataError,
     distributed.DistributedError,
     ExportError,
+    FeatureError,
     PromptError,
     sharding.MeshError,
     TeacherError,
@@ -97,30 +97,11 @@ def evaluate(run: Run) -> pathlib.Path:
     Returns:
       The report's path.
     """
-    pair, options = trained_pair(run), run.config.evaluation
-    features = get_features(options.features, run.teacher.sample_shape)
-    real, provenance = _real_images(run)
-    watch = summary.Stopwatch()
-    results, rows = paired.compare(
-        pair, options, features, real, run.mesh, progress=watch.progress
-    )
-    results["data"] = provenance
+    pair, watch = trained_pair(run), summary.Stopwatch()
+    results, rows = judging.judge(run, pair, watch.progress)
     return summary.write(
         run.workdir, run.config, results, rows, pair, run.mesh, watch.seconds()
     )
-
-
-def _real_images(run: Run) -> tuple[np.ndarray | None, str]:
-    """What the samples are scored against, and where it comes from."""
-    most = run.config.evaluation.num_real
-    if run.dataset is not None:
-        count = min(most, len(run.dataset))
-        return run.dataset.images(np.arange(count)), run.dataset.provenance
-    if run.config.teacher.source == "mixture":
-        key = jax.random.key(run.config.evaluation.seed, impl="threefry2x32")
-        images = sample_mixture(run.teacher, key, most)
-        return np.asarray(images), f"{most} exact samples of the mixture"
-    return None, "the teacher's own ODE samples: the config names no data"
 
 
 def export(run: Run) -> pathlib.Path:
@@ -170,11 +151,7 @@ def execute(
       Preempted: the run was asked to stop, and has saved.
     """
     validation.validate(config)
-    if config.evaluation.features not in FEATURES:
-        raise config_lib.ConfigError(
-            f"evaluation.features is {config.evaluation.features!r}, but must be one "
-            f"of {', '.join(FEATURES)}"
-        )
+    check_options(config)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     folder = open_workdir(workdir, config)
     run = Run(config, folder, mesh, asked or Interruption())

@@ -179,6 +179,7 @@ def _figures(
         [scores["frechet_distance"] for scores in ddim.values()],
         {"student, 1 step": results["student"]["frechet_distance"]},
         results["features"],
+        f"{results['distance_name']} (lower is better)",
     )
     curve = results["error_over_time"]
     figures["error of the student over target time"] = plots.error_over_time(

@@ -87,3 +87,29 @@ def write_clip_folder(
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
     return folder
+
+
+def write_clip_model(folder: pathlib.Path, vision: dict[str, Any]) -> pathlib.Path:
+    """Writes a ``CLIPModel`` with random weights and the tokenizer above.
+
+    Args:
+      folder: made here.
+      vision: of a ``CLIPVisionConfig``; the text encoder is of the same size.
+    """
+    import stable_diffusion
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    write_clip_folder(folder, length=16)
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    text = {k: v for k, v in vision.items() if k not in ("image_size", "patch_size")}
+    text |= {"vocab_size": size, "max_position_embeddings": 16}
+    text |= {"bos_token_id": size - 2, "eos_token_id": size - 1}
+    text |= {"pad_token_id": size - 1}
+    dim = vision["projection_dim"]
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
+    model = stable_diffusion.randomised(CLIPModel(config))
+    with torch.no_grad():
+        model.text_model.embeddings.token_embedding.weight.normal_()
+    model.save_pretrained(folder)
+    return folder

@@ -1,6 +1,8 @@
 import pathlib
+import struct
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -174,7 +176,7 @@ def test_decoding_threads_end_with_the_data_set(classes_folder):
     [
         (
             {"name": "mnist"},
-            "no data set 'mnist': use 'digits', 'folder' or 'tfds:NAME'",
+            "no data set 'mnist': use 'digits', 'shapes', 'folder' or 'tfds:NAME'",
         ),
         (
             {"name": "digits", "split": "test"},
@@ -243,6 +245,53 @@ def test_unreadable_files_are_named(tmp_path, kind):
     dataset = load("folder", path=str(tmp_path))
     with pytest.raises(DataError, match=r"cannot read .*bad\.png: repair or remove it"):
         dataset.images(np.array([0, 1]))
+
+
+def png_of_16_bits(path: pathlib.Path, colour_type: int, channels: int) -> None:
+    """A PNG that pillow can read, but not write: 16 bits in each of its channels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(range(16)) * channels) * 8)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_refused_in_every_kind_of_png(tmp_path, colour_type, channels):
+    """Pillow would cut colour to 8 bits without a word."""
+    png_of_16_bits(tmp_path / "deep.png", colour_type, channels)
+    with pytest.raises(DataError, match=r"deep\.png: .* more than 8 bits a channel"):
+        load("folder", path=str(tmp_path))
+
+
+def test_grey_palette_cmyk_and_transparent_files_become_rgb(tmp_path):
+    """As documented: by pillow's own conversion, transparency left out."""
+    flat = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    clear = np.concatenate([flat, np.zeros((8, 8, 1), np.uint8)], -1)
+    files = {
+        "a_grey.png": Image.fromarray(flat).convert("L"),
+        "b_palette.png": Image.fromarray(flat).convert("P", palette=1),
+        "c_cmyk.jpg": Image.fromarray(flat).convert("CMYK"),
+        "d_clear.png": Image.fromarray(clear),
+        "e_one_bit.png": Image.fromarray(flat).convert("1", dither=0),
+    }
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    dataset = load("folder", path=str(tmp_path))
+    found = (dataset.images(np.arange(5)) + 1) * 127.5
+    assert found.shape == (5, 8, 8, 3)
+    luma = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
+    wanted = [(luma,) * 3, (200, 100, 50), (200, 100, 50), (200, 100, 50), None]
+    for image, colour in zip(found, wanted, strict=True):
+        if colour is not None:
+            np.testing.assert_allclose(
+                image, np.broadcast_to(colour, (8, 8, 3)), atol=6
+            )
+    assert set(np.unique(np.rint(found[4]))) <= {0, 255}
 
 
 # --- tensorflow-datasets, prepared here without network and without tensorflow

@@ -103,7 +103,11 @@ def test_results_have_what_is_promised(results):
     assert set(results["teacher"]["ddim"]) == {"1", "2", "4"}
     for scores in (results["student"], *results["teacher"]["ddim"].values()):
         assert set(scores) >= SCORES
-        assert all(np.isfinite(value) for value in scores.values())
+        intervals = scores["intervals"]
+        assert all(np.isfinite(v) for k, v in scores.items() if k != "intervals")
+        assert set(intervals) >= SCORES - {"seconds_per_image"}
+        for name, (low, high) in intervals.items():
+            assert low <= scores[name] <= high
     assert 1 <= results["ddim_equivalent_steps"] <= 4
     assert set(results["seconds"]) == {"teacher", "distill", "evaluate"}
     assert all(seconds > 0 for seconds in results["seconds"].values())

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from boot_jax.evaluation.features import FEATURES, get_features, pixel_features
+from boot_jax.evaluation.features import get_features, pixel_features
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -63,8 +63,10 @@ def test_jax_images_of_any_float_are_taken(dtype):
 
 
 def test_no_pixel_feature_is_called_fid():
-    for name in FEATURES:
-        assert "fid" not in get_features(name, (16, 16, 3)).name.lower()
+    features = get_features("pixels", (16, 16, 3))
+    assert "fid" not in (features.name + features.distance_name).lower()
+    description = features.describe(random_images(2, 16, 16, 3))
+    assert description.spatial is None and description.logits is None
 
 
 def test_known_features_are_found_by_name():
@@ -72,7 +74,7 @@ def test_known_features_are_found_by_name():
 
 
 def test_unknown_features_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'inceptoin'.*known are 'pixels'"):
+    with pytest.raises(ValueError, match="did you mean 'inception'"):
         get_features("inceptoin", (8, 8, 1))
 
 

@@ -21,7 +21,7 @@ FLOORS = {
     3: "config validation sharding distributed interruption data shapes batches "
     "prompts workdir training",
     4: "sampling evaluation summary export",
-    5: "main pipeline run inspection teaching prompted trained gallery",
+    5: "main pipeline run inspection teaching prompted trained gallery judging",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()

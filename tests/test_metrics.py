@@ -6,16 +6,21 @@ import scipy.linalg
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from boot_jax.evaluation import metrics
-from boot_jax.evaluation.metrics import (
+from boot_jax.evaluation import neighbours
+from boot_jax.evaluation.frechet import (
     FeatureStatistics,
-    density_coverage,
-    equivalent_steps,
     feature_statistics,
     frechet_distance,
+)
+from boot_jax.evaluation.metrics import (
+    equivalent_steps,
     normalized_error,
-    precision_recall,
     variance_ratio,
+)
+from boot_jax.evaluation.neighbours import (
+    density_coverage,
+    mean_pairwise_distance,
+    precision_recall,
 )
 
 
@@ -164,7 +169,7 @@ def brute_force_balls(centres: np.ndarray, points: np.ndarray, k: int) -> np.nda
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block_rows", [7, 1024])
 def test_manifold_metrics_are_those_of_brute_force(rng, monkeypatch, k, block_rows):
-    monkeypatch.setattr(metrics, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(neighbours, "BLOCK_ROWS", block_rows)
     real = rng.normal(size=(60, 4))
     generated = 0.7 * rng.normal(size=(45, 4)) + 0.8
     in_real = brute_force_balls(real, generated, k)
@@ -275,6 +280,42 @@ def test_normalized_error_refuses_sets_that_are_not_paired(rng):
     images = rng.normal(size=(5, 2, 2, 1))
     with pytest.raises(ValueError, match="paired"):
         normalized_error(images, images[:4])
+
+
+def test_wide_features_agree_with_the_naive_definition(rng):
+    """They are compared by products, and points at just a ball's radius still count."""
+    real, generated = rng.normal(size=(60, 300)) + 5.0, rng.normal(size=(50, 300)) + 5.0
+    generated[:20] = real[:20]  # memorised: each at distance 0, or at a ball's radius
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+
+    def radii(a, k):
+        return np.sort(distances(a, a), axis=1)[:, k]
+
+    between = distances(generated, real)
+    slack = 1e-7
+    inside = between <= radii(real, 3)[None] + slack
+    recalled = between <= radii(generated, 3)[:, None] + slack
+    found = precision_recall(real, generated, 3)
+    assert found == (inside.any(1).mean(), recalled.any(0).mean())
+    inside = between <= radii(real, 5)[None] + slack
+    density, coverage = density_coverage(real, generated, 5)
+    assert density == pytest.approx(inside.sum() / 5 / 50)
+    assert coverage == pytest.approx(inside.any(0).mean())
+    expected = distances(real, real).sum() / 60 / 59
+    assert mean_pairwise_distance(real) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mean_pairwise_distance_is_that_of_all_pairs(rng):
+    features = rng.normal(size=(30, 4))
+    pairs = [
+        np.linalg.norm(a - b)
+        for i, a in enumerate(features)
+        for j, b in enumerate(features)
+        if i != j
+    ]
+    assert mean_pairwise_distance(features) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
 # --- equivalent steps -------------------------------------------------------------

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from scipy.integrate import solve_ivp
 
+from boot_jax.config import default_config
 from boot_jax.evaluation import paired
 from boot_jax.evaluation.features import get_features
+from boot_jax.evaluation.reference import measure
 from boot_jax.objectives import Objective
 from boot_jax.schedules import get_schedule
 from boot_jax.sharding import create_mesh
@@ -20,7 +23,7 @@ COSINE = get_schedule("cosine")
 SHAPE = (1, 1, 2)
 MEAN, SCALE = np.asarray([0.6, -0.3], np.float32), 0.5
 OBJECTIVE = Objective(t_min=0.005)
-OPTIONS = {
+OPTIONS = default_config().evaluation.to_dict() | {
     "num_images": 256,
     "batch_size": 128,
     "ddim_steps": (1, 2, 4, 8),
@@ -62,9 +65,10 @@ def pair_of(signal, params=None, **changes):
 def exact():
     pair = pair_of(exact_signal)
     real = np.asarray(sample_mixture(pair.teacher, jax.random.key(0), 2000))
-    told = []
+    told, features = [], get_features("pixels", SHAPE)
+    reference = measure(np.split(real, 4), features, "the mixture")
     results, rows = paired.compare(
-        pair, OPTIONS, get_features("pixels", SHAPE), real, create_mesh(), told.append
+        pair, OPTIONS, features, reference, create_mesh(), told.append
     )
     return results, rows, told
 
@@ -127,10 +131,12 @@ def test_results_are_json_with_what_the_report_reads(exact):
     results, rows, told = exact
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     scores = {"frechet_distance", "normalized_error", "precision", "recall"}
-    assert set(results["student"]) == scores | {"seconds_per_image", "variance_ratio"}
+    per_sampler = scores | {"seconds_per_image", "intervals"}
+    assert set(results["student"]) == per_sampler | {"variance_ratio"}
     assert list(results["teacher"]["ddim"]) == ["1", "2", "4", "8"]
     for found in results["teacher"]["ddim"].values():
-        assert set(found) == scores | {"seconds_per_image"}
+        assert set(found) == per_sampler
+        assert set(found["intervals"]) == scores
         assert found["seconds_per_image"] > 0
     ode = results["teacher"]["ode"]
     assert ode["network_calls"] == 2 * 48 - 1 and "48" in ode["name"]
@@ -153,6 +159,29 @@ def test_without_real_images_the_ode_is_the_reference():
     assert ode["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
     assert ode["precision"] == ode["recall"] == 1.0
     assert results["student"]["frechet_distance"] < 1e-2
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 104), (2, 256), (8, 56)])
+def test_figures_do_not_depend_on_devices_and_batches(exact, devices, batch_size):
+    """The last batch is filled up and cut."""
+    real = np.asarray(sample_mixture(pair_of(None).teacher, jax.random.key(0), 2000))
+    features = get_features("pixels", SHAPE)
+    changes = {"batch_size": batch_size, "ddim_steps": (1,), "grid_images": 3}
+    results, rows = paired.compare(
+        pair_of(exact_signal),
+        OPTIONS | changes,
+        features,
+        measure(np.split(real, [7, 900]), features, "the mixture"),
+        mesh_of(devices),
+    )
+    for name, expected in exact[0]["student"].items():
+        found = results["student"][name]
+        if name == "intervals":
+            for key, ends in expected.items():
+                np.testing.assert_allclose(found[key], ends, rtol=1e-4, atol=1e-6)
+        elif name != "seconds_per_image":
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+    assert rows["student, 1 step"].shape == (3, *SHAPE)
 
 
 def test_a_wrong_student_is_measured_as_wrong_as_it_is():

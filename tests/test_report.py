@@ -155,6 +155,61 @@ def test_page_holds_the_figures(tmp_path, results):
     assert student == [{"class": "student"}]
 
 
+@pytest.fixture
+def judged(results) -> dict:
+    """With the features of FID, more figures, intervals, a floor and a warning."""
+    student = results["student"]
+    student |= {"kernel_distance": 0.00123, "inception_score": 2.5, "lpips": 0.0421}
+    student["intervals"] = {"frechet_distance": [0.31, 0.36], "recall": [0.65, 0.75]}
+    results["selftest"] = {
+        "num_images": 900,
+        "num_reference": 897,
+        "frechet_distance": 0.021,
+        "frechet_distance_infinite": 0.0012,
+        "recall": 0.95,
+    }
+    results |= {"distance_name": "FID", "warnings": ["too few <images>"]}
+    results["judges"] = {"lpips": "LPIPS vgg (weights 123)"}
+    results["reference"] = {"count": 1797, "image_shape": "8x8x1"}
+    return results
+
+
+def test_page_shows_intervals_the_floor_and_warnings(tmp_path, judged):
+    page, parsed = written(tmp_path, judged)
+    header = next(row for row in parsed.rows if row and row[0] == "sampler")
+    assert header[2:] == [
+        *("FID ↓", "normalised error ↓", "precision ↑", "recall ↑", "KID ↓"),
+        *("inception score ↑", "LPIPS ↓", "ms per image ↓"),
+    ]
+    student = next(row for row in parsed.rows if row and row[0] == "student, 1 step")
+    assert student[2] == "0.331 (0.310 to 0.360)"
+    assert student[5] == "0.700 (0.650 to 0.750)"
+    assert student[6:9] == ["0.00123", "2.50", "0.0421"]
+    floor = next(row for row in parsed.rows if row and row[0] == "900 real images")
+    assert floor[1:4] == ["–", "0.021", "–"] and floor[5] == "0.950"
+    assert "a perfect sampler would get: FID 0.021 with 900 images" in parsed.text
+    assert "warning: too few <images>" in parsed.text and "<images>" not in page
+    assert ["lpips", "LPIPS vgg (weights 123)"] in parsed.rows
+    assert ["reference, count", "1797"] in parsed.rows
+
+
+def test_the_terminal_says_intervals_below_its_table(judged):
+    text = summary_table(judged)
+    assert "FID 0.331 (pixels" in text and "FID ↓" in text and "KID ↓" in text
+    last = text.splitlines()[-3:]
+    assert last[0] == (
+        "95 % intervals of the student: FID 0.310 to 0.360, recall 0.650 to 0.750"
+    )
+    assert last[1].startswith("a perfect sampler would get: FID 0.021")
+    assert last[2] == "warning: too few <images>"
+
+
+def test_pixels_distances_are_never_called_fid(tmp_path, results):
+    page, _ = written(tmp_path, results)
+    assert "FID" not in page + summary_table(results)
+    assert "KID" not in page
+
+
 def test_everything_is_escaped(tmp_path, results):
     evil = "<script>alert('\"&')</script>"
     results |= {

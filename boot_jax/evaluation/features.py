@@ -6,14 +6,44 @@ beside every figure. To add one: write a class that satisfies `FeatureExtractor`
 file of its own and enter its factory in `FEATURES`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
+from boot_jax.config import unknown
+
 ImageShape = tuple[int, int, int]
+
+
+class FeatureError(ValueError):
+    """Features that cannot be had; the message says what to do about it."""
+
+
+class Description(NamedTuple):
+    """What an extractor says of ``N`` images, in floats.
+
+    Attributes:
+      features: ``[N, D]``.
+      spatial: ``[N, S]``, of sFID; None where the extractor has none.
+      logits: ``[N, K]`` of classes, without bias; None where it has none.
+    """
+
+    features: NDArray[Any]
+    spatial: NDArray[Any] | None = None
+    logits: NDArray[Any] | None = None
+
+    def take(self, indices: NDArray[Any]) -> "Description":
+        """Of some of the images."""
+        spatial, logits = self.spatial, self.logits
+        return Description(
+            self.features[indices],
+            None if spatial is None else spatial[indices],
+            None if logits is None else logits[indices],
+        )
 
 
 class FeatureExtractor(Protocol):
@@ -24,8 +54,18 @@ class FeatureExtractor(Protocol):
         """What the features are, in full, to be shown beside every figure."""
         ...
 
-    def __call__(self, images: ArrayLike) -> NDArray[np.float64]:
-        """Maps ``[N, H, W, C]`` floats in [-1, 1] to ``[N, D]`` float64."""
+    @property
+    def distance_name(self) -> str:
+        """What a Frechet distance between them is called: FID, or not."""
+        ...
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """``(H, W, C)`` of the images that it reads."""
+        ...
+
+    def describe(self, images: ArrayLike) -> Description:
+        """Describes ``[N, H, W, C]`` floats in [-1, 1], each image by itself."""
         ...
 
 
@@ -43,6 +83,11 @@ class PixelFeatures:
     factor: int = 1
 
     @property
+    def distance_name(self) -> str:
+        """Not FID."""
+        return "Fréchet distance"
+
+    @property
     def name(self) -> str:
         """For instance ``pixels 8x8x3 (4x4 means of 32x32)``."""
         height, width, channels = self.image_shape
@@ -58,19 +103,33 @@ class PixelFeatures:
         Raises:
           ValueError: another image shape, or integers (which are not in [-1, 1]).
         """
-        given = np.asarray(images)
-        if given.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"these features are of images {list(self.image_shape)}, in a batch "
-                f"[N, H, W, C], but were given an array of shape {list(given.shape)}"
-            )
-        if given.dtype.kind in "biu":
-            raise ValueError(
-                f"images are floats in [-1, 1], but these are {given.dtype}: "
-                "divide uint8 images by 127.5 and subtract 1"
-            )
+        given = check_images(images, self.image_shape)
         pooled = _mean_pool(given.astype(np.float64), self.factor)
         return pooled.reshape(len(pooled), -1)
+
+    def describe(self, images: ArrayLike) -> Description:
+        """The same, as a `Description` without spatial features and classes."""
+        return Description(self(images))
+
+
+def check_images(images: ArrayLike, image_shape: ImageShape) -> NDArray[Any]:
+    """The images as an array.
+
+    Raises:
+      ValueError: another shape than ``[N, *image_shape]``, or integers.
+    """
+    given = np.asarray(images)
+    if given.shape[1:] != image_shape:
+        raise ValueError(
+            f"these features are of images {list(image_shape)}, in a batch "
+            f"[N, H, W, C], but were given an array of shape {list(given.shape)}"
+        )
+    if given.dtype.kind in "biu":
+        raise ValueError(
+            f"images are floats in [-1, 1], but these are {given.dtype}: "
+            "divide uint8 images by 127.5 and subtract 1"
+        )
+    return given
 
 
 def _mean_pool(images: NDArray[np.float64], factor: int) -> NDArray[np.float64]:
@@ -107,20 +166,50 @@ def pixel_features(image_shape: ImageShape, max_size: int = 8) -> PixelFeatures:
     return PixelFeatures(image_shape=(height, width, channels), factor=factor)
 
 
-FEATURES: dict[str, Callable[[ImageShape], FeatureExtractor]] = {
-    "pixels": pixel_features,
-}
+def _pixels(
+    image_shape: ImageShape, options: Mapping[str, Any], mesh: Mesh | None
+) -> FeatureExtractor:
+    return pixel_features(image_shape)
 
 
-def get_features(name: str, image_shape: ImageShape) -> FeatureExtractor:
+def _inception(
+    image_shape: ImageShape, options: Mapping[str, Any], mesh: Mesh | None
+) -> FeatureExtractor:
+    from boot_jax.evaluation.inception_features import InceptionFeatures
+
+    return InceptionFeatures.from_file(
+        options["weights"],
+        image_shape=image_shape,
+        resize=options["resize"],
+        round_uint8=options["round_uint8"],
+        mesh=mesh,
+    )
+
+
+#: Each makes an extractor for images of a shape, from a config's ``evaluation``.
+FEATURES: dict[
+    str, Callable[[ImageShape, Mapping[str, Any], Mesh | None], FeatureExtractor]
+] = {"pixels": _pixels, "inception": _inception}
+
+
+def get_features(
+    name: str,
+    image_shape: ImageShape,
+    options: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> FeatureExtractor:
     """Makes the extractor called ``name`` for images of shape ``(H, W, C)``.
+
+    Args:
+      name: a key of `FEATURES`.
+      image_shape: ``(H, W, C)``.
+      options: the ``evaluation`` section of a config; ``pixels`` reads nothing of it.
+      mesh: of devices, for extractors that are networks.
 
     Raises:
       ValueError: no extractor is called so; the message lists those there are.
+      FeatureError: its weights are missing; the message says where people get them.
     """
     if name not in FEATURES:
-        raise ValueError(
-            f"there are no features called {name!r}; known are "
-            f"{', '.join(map(repr, sorted(FEATURES)))}"
-        )
-    return FEATURES[name](image_shape)
+        raise ValueError(unknown("evaluation.features", name, FEATURES))
+    return FEATURES[name](image_shape, options or {}, mesh)

@@ -4,12 +4,14 @@ The teacher's ODE, solved finely by Heun's method, says where each noise leads. 
 it stand the student in one step and the teacher's DDIM in a few: how far each image is
 from where it should be (normalised error), and how good the images are as a set
 (Frechet distance, precision, recall, against real data where there is some, else
-against the ODE's own samples).
+against the ODE's own samples). All of them go batch by batch, so that memory holds
+features, and not images.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +22,18 @@ from jax.sharding import Mesh
 from boot_jax.conditions import TOKENS
 from boot_jax.evaluation import metrics
 from boot_jax.evaluation.features import FeatureExtractor
+from boot_jax.evaluation.reference import Measured, Samples
+from boot_jax.evaluation.scores import Scores, score, warnings_of
 from boot_jax.guidance import SCALE_KEY, Denoiser
 from boot_jax.objectives import Objective, Signal
 from boot_jax.prediction import expand
 from boot_jax.sampling import (
-    Generated,
     Generator,
     conditions_for,
-    generate,
     image_noise,
     many_steps,
     one_step,
+    to_images,
 )
 from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
 from boot_jax.solvers import signal_step, time_grid
@@ -111,96 +114,192 @@ class Pair:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judges:
+    """What scores images one by one, beside the features of sets; None for none.
+
+    Attributes:
+      perceptual: ``(images, references) -> [n]``, distances to the ODE's images.
+      matching: ``(images, indices) -> [n]``, how well images match their prompts.
+    """
+
+    perceptual: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    matching: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+
 def compare(
     pair: Pair,
     options: Mapping[str, Any],
     features: FeatureExtractor,
-    real_images: np.ndarray | None,
+    reference: Measured | None,
     mesh: Mesh,
     progress: Callable[[str], None] = lambda text: None,
+    judges: Judges | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Scores student and teacher on the same noise.
 
     Args:
       pair: who is compared.
       options: the ``evaluation`` section of a config.
-      features: of the Frechet distance, precision and recall.
-      real_images: ``[N, H, W, C]`` in [-1, 1]; None to score against the ODE's samples.
+      features: of the figures of sets; those of images read decoded samples.
+      reference: real images; None to score against the ODE's samples.
       mesh: of devices.
       progress: told what is being done.
+      judges: of single images.
 
     Returns:
       The results (see `boot_jax.evaluation.report`), and images for the grid by row.
     """
-    num, batch_size = options["num_images"], options["batch_size"]
-    noise = pair.noise(options["seed"])
-
-    def run(generator: Generator) -> Generated:
-        return generate(generator, noise, pair.condition, num, batch_size, mesh)
-
     ode_steps = options["ode_steps"]
-    progress(f"teacher's ODE, Heun with {ode_steps} steps")
-    reference = run(pair.ode(ode_steps)).images
-    real = reference if real_images is None else real_images
-    scorer = _Scorer(features, real, reference, options["neighbours"])
-    progress("student, 1 step")
-    student = run(pair.student())
-    results: dict[str, Any] = {
-        "student": scorer.score(student)
-        | {"variance_ratio": metrics.variance_ratio(student.images, real)},
-        "teacher": {"ddim": {}},
+    ode, student = f"teacher's ODE, Heun with {ode_steps} steps", "student, 1 step"
+    ddim = {
+        steps: f"teacher, DDIM with {steps} steps" for steps in options["ddim_steps"]
     }
-    rows: dict[str, np.ndarray] = {}
-    for steps in options["ddim_steps"]:
-        progress(f"teacher, DDIM with {steps} steps")
-        sampled = run(pair.sampler(steps))
-        results["teacher"]["ddim"][str(steps)] = scorer.score(sampled)
-        if steps in (1, 8, 50):
-            name = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-            rows[name] = sampled.images[: options["grid_images"]]
-    rows["student, 1 step"] = student.images[: options["grid_images"]]
-    results["teacher"]["ode"] = {
-        "name": f"Heun, {ode_steps} steps",
-        "network_calls": 2 * ode_steps - 1,
-        **scorer.score(Generated(reference, float("nan")), fit=False),
+    samplers = {ode: pair.ode(ode_steps), student: pair.student()}
+    samplers |= {name: pair.sampler(steps) for steps, name in ddim.items()}
+    tallies = {name: _Tally(pair, features, options) for name in samplers}
+    judges = judges or Judges()
+    reads_samples = features.image_shape == pair.teacher.sample_shape
+    judged = judges.perceptual is not None or judges.matching is not None
+    # Samples are decoded only for those who look at images.
+    decoder = pair.teacher.decoder if judged or not reads_samples else None
+    for indices, eps, condition in _batches(pair, options, mesh):
+        target, is_first = None, indices[0] == 0
+        if not is_first:
+            progress(f"images {indices[0]} to {indices[-1]}")
+        for name, sampler in samplers.items():
+            if is_first:
+                progress(name)
+                jax.block_until_ready(sampler(eps, condition))  # compiles
+            before = time.perf_counter()
+            made = jax.block_until_ready(sampler(eps, condition))
+            seconds = time.perf_counter() - before
+            samples = to_host(made).astype(np.float32)[: len(indices)]
+            batch = _Batch(samples, to_images(decoder, samples), indices)
+            target = batch if target is None else target
+            tallies[name].add(batch, target, seconds / len(made), judges)
+    progress("figures")
+    targets = tallies[ode]
+    own = targets.samples.measured()
+    reference = reference or own
+
+    def scored(tally: _Tally) -> Scores:
+        scores = score(reference, tally.samples.measured(), options, teacher=own)
+        tally.add_to(scores, targets)
+        return scores
+
+    student_scores = scored(tallies[student])
+    measured = tallies[student].samples.measured()
+    if reference.variance:
+        ratio = (measured.variance or 0.0) / reference.variance
+        student_scores.figures["variance_ratio"] = ratio
+    results: dict[str, Any] = {
+        "student": student_scores.as_dict(),
+        "teacher": {
+            "ddim": {
+                str(steps): scored(tallies[name]).as_dict()
+                for steps, name in ddim.items()
+            },
+            "ode": {
+                "name": f"Heun, {ode_steps} steps",
+                "network_calls": 2 * ode_steps - 1,
+                **score(reference, own, options).as_dict(),
+            },
+        },
     }
     progress("error over target time")
     results["error_over_time"] = error_over_time(pair, options, mesh)
     results |= _equivalent(results)
-    results["features"], results["num_images"] = features.name, num
-    return results, rows
+    results["features"], results["num_images"] = features.name, options["num_images"]
+    results["distance_name"] = features.distance_name
+    results["reference"] = reference.provenance
+    results["warnings"] = warnings_of(reference, measured, options)
+    shown = {steps: name for steps, name in ddim.items() if steps in (1, 8, 50)}
+    rows = {
+        f"teacher, {steps} step{'s' if steps > 1 else ''}": tallies[name].shown()
+        for steps, name in shown.items()
+    }
+    return results, rows | {student: tallies[student].shown()}
 
 
-class _Scorer:
-    """The figures of one set of images, against real data and the ODE's samples."""
+def _batches(
+    pair: Pair, options: Mapping[str, Any], mesh: Mesh
+) -> Iterator[tuple[np.ndarray, Array, Any]]:
+    """Indices, noise and condition, the latter two filled up for the devices."""
+    num, shards = options["num_images"], batch_shards(mesh)
+    size = -(-min(options["batch_size"], num) // shards) * shards
+    noise = pair.noise(options["seed"])
+    for start in range(0, num, size):
+        # The last batch is filled up and cut, so that there is one compilation.
+        whole = np.arange(start, start + size)
+        drawn = noise(whole), pair.condition(whole)
+        eps, condition = place(drawn, batch_sharding(mesh))
+        yield whole[: num - start], eps, condition
+
+
+class _Batch(NamedTuple):
+    """Samples, and the images of them where someone looks at images."""
+
+    samples: np.ndarray
+    images: np.ndarray
+    indices: np.ndarray
+
+
+class _Tally:
+    """What is kept of one sampler's images, batch by batch."""
 
     def __init__(
-        self,
-        features: FeatureExtractor,
-        real: np.ndarray,
-        reference: np.ndarray,
-        neighbours: int,
+        self, pair: Pair, features: FeatureExtractor, options: Mapping[str, Any]
     ) -> None:
-        self._features, self._reference, self._k = features, reference, neighbours
-        self._real = features(real)
-        self._statistics = metrics.feature_statistics(self._real)
+        asked = options["metrics"]
+        keep_spatial = "spatial_frechet_distance" in asked
+        self.samples = Samples(features, keep_spatial=keep_spatial)
+        self.variance = metrics.TotalVariance()
+        self._reads_samples = features.image_shape == pair.teacher.sample_shape
+        self._wanted = options["grid_images"]
+        self._first: list[np.ndarray] = []
+        self._seconds: list[float] = []
+        self._terms: dict[str, list[np.ndarray]] = {}
 
-    def score(self, generated: Generated, fit: bool = True) -> dict[str, float]:
-        found = self._features(generated.images)
-        nearby = metrics.precision_recall(self._real, found, self._k)
-        scores = {
-            "frechet_distance": metrics.frechet_distance(
-                self._statistics, metrics.feature_statistics(found)
-            ),
-            "precision": nearby.precision,
-            "recall": nearby.recall,
-        }
-        if fit:
-            scores["normalized_error"] = metrics.normalized_error(
-                generated.images, self._reference
+    def add(
+        self,
+        batch: _Batch,
+        target: _Batch,
+        seconds_per_image: float,
+        judges: Judges,
+    ) -> None:
+        """Adds a batch, and where its noises lead."""
+        axes = tuple(range(1, batch.samples.ndim))
+        difference = batch.samples.astype(np.float64) - target.samples
+        self._keep("normalized_error", np.sum(difference**2, axis=axes))
+        if judges.perceptual is not None:
+            self._keep("lpips", judges.perceptual(batch.images, target.images))
+        if judges.matching is not None:
+            self._keep("clip_score", judges.matching(batch.images, batch.indices))
+        self.samples.add(batch.samples if self._reads_samples else batch.images)
+        self.variance.update(batch.samples)
+        self._seconds.append(seconds_per_image)
+        if batch.indices[0] < self._wanted:
+            self._first.append(batch.samples)
+
+    def _keep(self, name: str, terms: np.ndarray) -> None:
+        self._terms.setdefault(name, []).append(np.asarray(terms, np.float64))
+
+    def add_to(self, scores: Scores, targets: "_Tally") -> None:
+        """Adds the figures of single images; ``targets`` is the ODE's tally."""
+        spread = targets.variance.value()
+        if not spread > 0.0:
+            raise ValueError("the teacher's ODE gives the same image for every noise")
+        for name, parts in self._terms.items():
+            terms = np.concatenate(parts)
+            scores.add_mean(
+                name, terms / spread if name == "normalized_error" else terms
             )
-            scores["seconds_per_image"] = generated.seconds_per_image
-        return scores
+        scores.figures["seconds_per_image"] = float(np.mean(self._seconds))
+
+    def shown(self) -> np.ndarray:
+        """The first samples, for the grid."""
+        return np.concatenate(self._first)[: self._wanted]
 
 
 def _equivalent(results: Mapping[str, Any]) -> dict[str, Any]:

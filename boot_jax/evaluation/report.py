@@ -8,8 +8,15 @@ or None, and is then shown as an en dash::
      "teacher": {"ddim": {"1": {the same, but variance_ratio}, "2": {...}, ...},
                  "ode": {the same, "name": "Heun, 128 steps", "network_calls": 255}},
      "ddim_equivalent_steps": 10.3, "ddim_equivalent_steps_censored": "none",
-     "features": "pixels 8x8x1", "num_images": 1797, "data": "where from",
+     "features": "pixels 8x8x1", "distance_name": "Fréchet distance",
+     "num_images": 1797, "data": "where from", "warnings": ["..."],
+     "judges": {"lpips": "which network"}, "reference": {its provenance},
+     "selftest": {the figures of sets, "num_images", "num_reference",
+                  "frechet_distance_infinite"},
      "seconds": {"teacher": 60.0, ...}, "versions": {"jax": ...}, "device": "..."}
+
+Each set of figures may have more of `MORE_FIGURES`, and ``intervals``, a figure's name
+to the ends of its 95 % interval.
 """
 
 import base64
@@ -19,20 +26,39 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from boot_jax.evaluation import selftest
 from boot_jax.evaluation.metrics import EquivalentSteps
 
 EN_DASH = "–"
 
-# Headers of two lines keep the terminal's table narrow.
-COLUMNS = (
-    ("", "sampler"),
-    ("network", "calls"),
-    ("Fréchet", "distance ↓"),
-    ("normalised", "error ↓"),
-    ("", "precision ↑"),
-    ("", "recall ↑"),
-    ("ms per", "image ↓"),
-)
+# Figures of the table: headers of two lines, which keep the terminal's narrow, and how
+# many decimals.
+_FIGURES = {
+    "frechet_distance": ("Fréchet", "distance ↓", ".3f"),
+    "normalized_error": ("normalised", "error ↓", ".4f"),
+    "precision": ("", "precision ↑", ".3f"),
+    "recall": ("", "recall ↑", ".3f"),
+}
+
+#: Figures with a column only where the student has them.
+MORE_FIGURES = {
+    "density": ("", "density ↑", ".3f"),
+    "coverage": ("", "coverage ↑", ".3f"),
+    "kernel_distance": ("kernel", "distance ↓", ".5f"),
+    "spatial_frechet_distance": ("spatial", "Fréchet ↓", ".3f"),
+    "inception_score": ("inception", "score ↑", ".2f"),
+    "mean_pairwise_distance": ("pairwise", "distance", ".3f"),
+    "recall_of_teacher": ("recall of", "teacher ↑", ".3f"),
+    "lpips": ("", "LPIPS ↓", ".4f"),
+    "clip_score": ("CLIP", "score ↑", ".2f"),
+}
+
+# With features of InceptionV3 they have names of their own.
+_OF_INCEPTION = {
+    "frechet_distance": ("", "FID ↓", ".3f"),
+    "kernel_distance": ("", "KID ↓", ".5f"),
+    "spatial_frechet_distance": ("", "sFID ↓", ".3f"),
+}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --quiet: #63636a; --page: #ffffff;
@@ -81,14 +107,40 @@ def _milliseconds(seconds: float | None) -> str:
     return format(1e3 * seconds, form).rstrip(".")
 
 
-def _row(label: str, calls: object, figures: Mapping[str, Any]) -> list[str]:
+def _columns(results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """The figures to show: header in two lines, and format."""
+    own = results.get("student") or {}
+    shown = _FIGURES | {k: v for k, v in MORE_FIGURES.items() if k in own}
+    if results.get("distance_name") == "FID":
+        shown |= {k: v for k, v in _OF_INCEPTION.items() if k in shown}
+    return shown
+
+
+def _header(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    figures = [(above, below) for above, below, _ in _columns(results).values()]
+    return [("", "sampler"), ("network", "calls"), *figures, ("ms per", "image ↓")]
+
+
+def _row(
+    label: str,
+    calls: object,
+    figures: Mapping[str, Any],
+    columns: Mapping[str, tuple[str, str, str]],
+    with_intervals: bool = False,
+) -> list[str]:
+    intervals = (figures.get("intervals") or {}) if with_intervals else {}
+
+    def cell(name: str, form: str) -> str:
+        value = _number(figures.get(name), form)
+        if name not in intervals:
+            return value
+        low, high = intervals[name]
+        return f"{value} ({low:{form}} to {high:{form}})"
+
     return [
         label,
         EN_DASH if calls is None else str(calls),
-        _number(figures.get("frechet_distance"), ".3f"),
-        _number(figures.get("normalized_error"), ".4f"),
-        _number(figures.get("precision"), ".3f"),
-        _number(figures.get("recall"), ".3f"),
+        *(cell(name, form) for name, (_, _, form) in columns.items()),
         _milliseconds(figures.get("seconds_per_image")),
     ]
 
@@ -98,16 +150,42 @@ def _ddim(results: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     return {int(steps): entries[steps] for steps in sorted(entries, key=int)}
 
 
-def _rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The student first, then the teacher's DDIM by steps, then its ODE."""
-    rows = [_row("student, 1 step", 1, results.get("student") or {})]
+def _rows(results: Mapping[str, Any], with_intervals: bool = False) -> list[list[str]]:
+    """The student first, the teacher's DDIM by steps, its ODE, and real images."""
+    found: list[tuple[str, object, Mapping[str, Any]]] = [
+        ("student, 1 step", 1, results.get("student") or {})
+    ]
     for steps, figures in _ddim(results).items():
         plural = "step" if steps == 1 else "steps"
-        rows.append(_row(f"teacher, {steps} DDIM {plural}", steps, figures))
+        found.append((f"teacher, {steps} DDIM {plural}", steps, figures))
     if ode := (results.get("teacher") or {}).get("ode"):
         name = ode.get("name") or "ODE"
-        rows.append(_row(f"teacher, {name}", ode.get("network_calls"), ode))
-    return rows
+        found.append((f"teacher, {name}", ode.get("network_calls"), ode))
+    if real := results.get("selftest"):
+        found.append((f"{real['num_images']} real images", None, real))
+    columns = _columns(results)
+    return [_row(*row, columns, with_intervals) for row in found]
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """What is to be said below the table, a line each."""
+    notes = []
+    if found := results.get("selftest"):
+        name = results.get("distance_name") or "Fréchet distance"
+        notes.append(selftest.sentence(found, name))
+    return notes + [f"warning: {text}" for text in results.get("warnings") or ()]
+
+
+def _interval_lines(results: Mapping[str, Any]) -> list[str]:
+    """The student's intervals, for the terminal, whose table has no room for them."""
+    intervals = (results.get("student") or {}).get("intervals") or {}
+    shown = [
+        f"{f'{above} {below}'.strip(' ↓↑')} {low:{form}} to {high:{form}}"
+        for name, (above, below, form) in _columns(results).items()
+        if name in intervals
+        for low, high in [intervals[name]]
+    ]
+    return [f"95 % intervals of the student: {', '.join(shown)}"] if shown else []
 
 
 def _equivalent(results: Mapping[str, Any]) -> EquivalentSteps | None:
@@ -150,7 +228,8 @@ def headline(results: Mapping[str, Any]) -> str:
     if results.get("num_images"):
         about.append(f"{results['num_images']:,} images")
     within = f" ({', '.join(about)})" if about else ""
-    sentence = f"One step of the student: Fréchet distance {distance:.3f}{within}"
+    name = results.get("distance_name") or "Fréchet distance"
+    sentence = f"One step of the student: {name} {distance:.3f}{within}"
     if equal := _equivalent(results):
         claims = [_quality(equal), *_speed(results, equal)]
         sentence = f"{sentence}, {' and '.join(claims)}"
@@ -163,7 +242,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     Args:
       results: see the module's text.
     """
-    rows = [*map(list, zip(*COLUMNS, strict=True)), *_rows(results)]
+    rows = [*map(list, zip(*_header(results), strict=True)), *_rows(results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(2, ["-" * width for width in widths])
     lines = [
@@ -173,7 +252,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([headline(results), "", *lines])
+    below = [*_interval_lines(results), *_notes(results)]
+    return "\n".join([headline(results), "", *lines, *([""] if below else []), *below])
 
 
 def _table(
@@ -229,6 +309,10 @@ def _facts(results: Mapping[str, Any]) -> dict[str, object]:
         "student's variance / reference's": _number(ratio, ".3f"),
         "device": results.get("device"),
     }
+    for name, judge in (results.get("judges") or {}).items():
+        facts[name.replace("_", " ")] = judge
+    for name, value in (results.get("reference") or {}).items():
+        facts[f"reference, {name.replace('_', ' ')}"] = value
     for phase, seconds in (results.get("seconds") or {}).items():
         facts[f"time, {phase}"] = f"{_number(seconds, '.1f')} s"
     for package, version in (results.get("versions") or {}).items():
@@ -275,8 +359,10 @@ def write_report(
     about = f"Distances in {results.get('features') or 'unnamed'} features"
     body = [f'<p class="headline">{escape(headline(results))}</p>']
     body += ["<h2>Samples</h2>", *figures[:1]] if figures else []
-    header = [" ".join(lines).strip() for lines in COLUMNS]
-    body += ["<h2>Student and teacher</h2>", _table(header, _rows(results), about)]
+    header = [" ".join(lines).strip() for lines in _header(results)]
+    cells = _rows(results, with_intervals=True)
+    body += ["<h2>Student and teacher</h2>", _table(header, cells, about)]
+    body += [f'<p class="quiet">{escape(text)}</p>' for text in _notes(results)]
     for caption, rows in (tables or {}).items():
         columns = list(rows[0]) if rows else []
         cells = [[row.get(column, EN_DASH) for column in columns] for row in rows]

@@ -71,10 +71,11 @@ class Embeddings(nn.Module):
         return embed(tokens) + place(jnp.arange(tokens.shape[1]))[None]
 
 
-class CausalAttention(nn.Module):
-    """Self-attention of each token to itself and those before it."""
+class Attention(nn.Module):
+    """Self-attention of each token to all, or (causal) to itself and those before."""
 
     num_heads: int
+    is_causal: bool
     implementation: layers.AttentionImplementation | None
     dtype: DTypeLike
 
@@ -88,7 +89,7 @@ class CausalAttention(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         attended = layers.dot_product_attention(
-            query, key, value, self.implementation, is_causal=True
+            query, key, value, self.implementation, is_causal=self.is_causal
         )
         out = nn.Dense(dim, dtype=self.dtype, name="out_proj")
         return out(attended.reshape(x.shape))
@@ -110,9 +111,10 @@ class Perceptron(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal attention and a perceptron, each behind its norm."""
+    """Attention and a perceptron, each behind its norm."""
 
     num_heads: int
+    is_causal: bool
     intermediate_size: int
     activation: str
     epsilon: float
@@ -123,8 +125,8 @@ class Layer(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps ``[B, L, D]`` to the same shape."""
         dtype = self.dtype
-        attend = CausalAttention(
-            self.num_heads, self.implementation, dtype, name="self_attn"
+        attend = Attention(
+            self.num_heads, self.is_causal, self.implementation, dtype, name="self_attn"
         )
         x = x + attend(layer_norm(x, self.epsilon, dtype, name="layer_norm1"))
         h = layer_norm(x, self.epsilon, dtype, name="layer_norm2")
@@ -264,6 +266,7 @@ class CLIPTextEncoder(nn.Module):
         make_layer = functools.partial(
             Layer,
             self.num_attention_heads,
+            True,
             self.intermediate_size,
             self.hidden_act,
             self.layer_norm_eps,

@@ -12,6 +12,8 @@ The modules are named so that the translation is mechanical. These are all its r
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 # Named, because ``time_embedding.linear_1`` ends in a number and is no list.
 _LISTS = re.compile(
     r"(down_blocks|up_blocks|transformer_blocks|resnets|attentions|downsamplers"
-    r"|upsamplers|to_out|net|layers)_(\d+)"
+    r"|upsamplers|to_out|net|layers|features)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -86,6 +88,36 @@ def read_weights(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         'python -c "from diffusers import DiffusionPipeline as P; '
         "P.from_pretrained('PIPELINE').save_pretrained('NEW_FOLDER')\""
     )
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads one file of weights, by PyTorch's names.
+
+    Args:
+      path: a ``.safetensors``, an ``.npz`` of arrays by name, or Flax's ``.msgpack``.
+
+    Raises:
+      WeightsError: there is no such file, it is damaged, or it may be a pickle, which
+        is a program; then with the command that converts it.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in PICKLES:
+        new = path.with_suffix(".safetensors")
+        raise WeightsError(
+            f"{path} may be a pickle, which is never opened; convert it where torch is "
+            'installed: python -c "import torch; from safetensors.torch import '
+            f"save_file as s; t = torch.load('{path}', weights_only=True); "
+            f"s({{k: v.contiguous() for k, v in t.items()}}, '{new}')\""
+        )
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}")
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix == ".msgpack":
+        return _read_msgpack(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path} should be a .safetensors, .npz or .msgpack file")
+    return _read_file(path)
 
 
 def is_plain_name(name: str) -> bool:
@@ -250,6 +282,14 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError, AttributeError) as error:
         # An AttributeError is a type that numpy lacks, such as float8.
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise WeightsError(f"{path} cannot be read as npz: {error}") from error
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,136 @@
+"""What a run's samples are judged by: features, real images, and scores of images."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from boot_jax.config import ConfigError
+from boot_jax.evaluation import paired
+from boot_jax.evaluation.clip_score import ClipScorer
+from boot_jax.evaluation.features import FeatureExtractor, get_features
+from boot_jax.evaluation.lpips import Lpips
+from boot_jax.evaluation.paired import Judges, Pair
+from boot_jax.evaluation.reference import Measured, measure_once, read_reference
+from boot_jax.evaluation.selftest import self_test
+from boot_jax.run import Run
+from boot_jax.teachers.mixture import sample_mixture
+
+# Real images that are read at once.
+_BATCH = 256
+
+
+def judge(
+    run: Run, pair: Pair, progress: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Compares student and teacher as a run's config asks.
+
+    Args:
+      run: whose.
+      pair: of `boot_jax.trained.trained_pair`.
+      progress: told what is being done.
+
+    Returns:
+      What `boot_jax.evaluation.paired.compare` does, with the data's provenance.
+    """
+    options, teacher = run.config.evaluation, run.teacher
+    # Pixels are those of samples, which of a latent teacher are latents.
+    reads_samples = options.features == "pixels"
+    shape = teacher.sample_shape if reads_samples else teacher.image_shape
+    features = get_features(options.features, shape, options, run.mesh)
+    judges, names = _judges(run, pair)
+    progress("reference")
+    real = _reference(run, features)
+    floor = _floor(run, real, progress) if options.selftest else None
+    results, rows = paired.compare(
+        pair, options, features, real, run.mesh, progress, judges
+    )
+    results["judges"] = names
+    if real is None:
+        results["data"] = "the teacher's own ODE samples: the config names no data"
+    else:
+        results["data"] = real.provenance["data"]
+    if floor is not None:
+        results["selftest"] = floor
+    return results, rows
+
+
+def _floor(
+    run: Run, real: Measured | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a perfect sampler would get."""
+    if real is None:
+        raise ConfigError(
+            "evaluation.selftest needs real images, but data.name is empty; name data, "
+            "or set evaluation.selftest=False"
+        )
+    progress("self-test")
+    return self_test(real, run.config.evaluation)
+
+
+def _reference(run: Run, features: FeatureExtractor) -> Measured | None:
+    """What the samples are scored against; None for the teacher's own samples."""
+    options = run.config.evaluation
+    stored = None
+    if options.statistics:
+        stored = read_reference(options.statistics, features)
+        if stored.description is not None:
+            return stored
+    found = _real_images(run)
+    if found is None:
+        return stored
+    batches, data, count = found
+    folder = run.workdir / "statistics"
+    measured = measure_once(folder, batches, features, data, count)
+    if stored is None:
+        return measured
+    # The file's own distance, and what it cannot give of the data.
+    return dataclasses.replace(
+        stored, description=measured.description, variance=measured.variance
+    )
+
+
+def _judges(run: Run, pair: Pair) -> tuple[Judges, dict[str, str]]:
+    """Scores of single images, and the names of what gives them."""
+    options, names = run.config.evaluation, {}
+    judges = Judges()
+    if "lpips" in options.metrics:
+        perceptual = Lpips.from_file(options.lpips_weights, run.mesh)
+        perceptual.check(run.teacher.image_shape)
+        names["lpips"] = perceptual.name
+        judges = dataclasses.replace(judges, perceptual=perceptual)
+    if "clip_score" in options.metrics:
+        if run.prompts is None or pair.tokens is None:
+            raise ConfigError(
+                "evaluation.metrics has 'clip_score', but this teacher takes no "
+                "prompts; leave it out"
+            )
+        scorer = ClipScorer.from_folder(options.clip, run.mesh)
+        texts, count = run.prompts.cache.text, len(pair.tokens)
+        names["clip_score"] = scorer.name
+
+        def matching(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+            return scorer(images, [texts(int(i) % count) for i in indices])
+
+        judges = dataclasses.replace(judges, matching=matching)
+    return judges, names
+
+
+def _real_images(run: Run) -> tuple[Iterator[np.ndarray], str, int] | None:
+    """Batches of real images, what they are, and how many."""
+    most = run.config.evaluation.num_real
+    if run.dataset is not None:
+        dataset = run.dataset
+        count = min(most, len(dataset))
+        starts = range(0, count, _BATCH)
+        chosen = (np.arange(start, min(start + _BATCH, count)) for start in starts)
+        read = (dataset.images(indices) for indices in chosen)
+        split = run.config.data.split
+        return read, f"{dataset.provenance}, split {split}, the first {count}", count
+    if run.config.teacher.source == "mixture":
+        key = jax.random.key(run.config.evaluation.seed, impl="threefry2x32")
+        images = np.asarray(sample_mixture(run.teacher, key, most))
+        return iter([images]), f"{most} exact samples of the mixture", most
+    return None
