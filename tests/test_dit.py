@@ -259,19 +259,6 @@ def test_sizes_that_do_not_fit_are_refused(options, message):
         jax.eval_shape(DiT(**(SIZES | options)).init, jax.random.key(0), X, TIME, LABEL)
 
 
-def test_attention_implementation_is_passed_on(monkeypatch):
-    seen = []
-
-    def attend(q: Any, k: Any, v: Any, *, implementation: Any) -> Any:
-        seen.append(implementation)
-        return v
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    network = DiT(**SIZES, attention_implementation="cudnn")
-    jax.eval_shape(network.init, jax.random.key(0), X, TIME, LABEL)
-    assert seen == ["cudnn", "cudnn"]
-
-
 # --- text
 
 TOKENS = {"tokens": np.array([[2, 3, 4], [2, 4, 0], [0, 0, 0]], np.int32)}

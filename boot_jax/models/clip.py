@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from boot_jax.models import layers
+from boot_jax.models.attention import AttentionImplementation, dot_product_attention
 from boot_jax.models.from_config import read_fields
 from boot_jax.models.text_layers import layer_norm
 
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
     num_heads: int
     is_causal: bool
-    implementation: layers.AttentionImplementation | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             nn.Dense(dim, dtype=self.dtype, name=name)(x).reshape(heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        attended = layers.dot_product_attention(
+        attended = dot_product_attention(
             query, key, value, self.implementation, is_causal=self.is_causal
         )
         out = nn.Dense(dim, dtype=self.dtype, name="out_proj")
@@ -118,7 +118,7 @@ class Layer(nn.Module):
     intermediate_size: int
     activation: str
     epsilon: float
-    implementation: layers.AttentionImplementation | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -191,7 +191,7 @@ class CLIPTextEncoder(nn.Module):
     eos_token_id: int = 49407
     with_projection: bool = False
     dtype: DTypeLike = jnp.float32
-    attention_implementation: layers.AttentionImplementation | None = None
+    attention_implementation: AttentionImplementation | None = None
 
     @classmethod
     def from_config(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from boot_jax.models import layers
+from boot_jax.models.attention import AttentionImplementation
 from boot_jax.models.clip import ACTIVATIONS, Encoder, Layer
 from boot_jax.models.from_config import read_fields
 from boot_jax.models.text_layers import layer_norm
@@ -115,7 +115,7 @@ class CLIPVisionEncoder(nn.Module):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
-    attention_implementation: layers.AttentionImplementation | None = None
+    attention_implementation: AttentionImplementation | None = None
 
     @classmethod
     def from_config(

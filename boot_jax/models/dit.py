@@ -18,10 +18,9 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from boot_jax.models.attention import AttentionImplementation, dot_product_attention
 from boot_jax.models.layers import (
     AddedEmbeddings,
-    AttentionImplementation,
-    dot_product_attention,
     rematerialised,
     timestep_embedding,
 )

@@ -13,13 +13,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+
+from boot_jax.models.attention import AttentionImplementation, dot_product_attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -28,8 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
 }
-
-AttentionImplementation = Literal["xla", "cudnn"]
 
 #: What a block keeps for its backward pass: everything, or what the policy of that name
 #: in `jax.checkpoint_policies` says; the rest is computed again.
@@ -199,8 +199,7 @@ class LayerSettings:
       deterministic: no dropout.
       output_scale_factor: divides the sum of a shortcut and its branch.
       dtype: what convolutions and matrix products compute in.
-      attention_implementation: passed to ``jax.nn.dot_product_attention``; ``"cudnn"``
-        wants a 16-bit ``dtype`` and has no forward-mode derivative.
+      attention_implementation: see `boot_jax.models.attention`.
     """
 
     num_groups: int = 32
@@ -214,30 +213,6 @@ class LayerSettings:
     output_scale_factor: float = 1.0
     dtype: DTypeLike = jnp.float32
     attention_implementation: AttentionImplementation | None = None
-
-
-def dot_product_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    implementation: AttentionImplementation | None,
-    *,
-    is_causal: bool = False,
-) -> Array:
-    """Attention over ``[B, N, heads, D]``, in the dtype of its arguments.
-
-    Logits and softmax are float32 whatever the dtype; on CPU all is, as XLA has no
-    16-bit product for small shapes there. A causal one reads only what comes before.
-    """
-    dtype = query.dtype
-    if jax.default_backend() == "cpu":
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    # It promotes types within, which strict promotion refuses for 16-bit ones.
-    with jax.numpy_dtype_promotion("standard"):
-        attended = jax.nn.dot_product_attention(
-            query, key, value, is_causal=is_causal, implementation=implementation
-        )
-    return attended.astype(dtype)
 
 
 def group_norm(

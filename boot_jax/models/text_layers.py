@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from boot_jax.models import layers
+from boot_jax.models.attention import AttentionImplementation, dot_product_attention
 
 
 def layer_norm(x: Array, epsilon: float, dtype: DTypeLike, *, name: str) -> Array:
@@ -25,7 +26,7 @@ class CrossAttention(nn.Module):
     """Attention of tokens to a context; only its last layer has a bias."""
 
     num_heads: int
-    implementation: layers.AttentionImplementation | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -42,7 +43,7 @@ class CrossAttention(nn.Module):
             project(name, source)
             for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
         )
-        attended = layers.dot_product_attention(query, key, value, self.implementation)
+        attended = dot_product_attention(query, key, value, self.implementation)
         return nn.Dense(dim, dtype=self.dtype, name="to_out_0")(
             attended.reshape(x.shape)
         )
@@ -82,7 +83,7 @@ class TransformerBlock(nn.Module):
     """
 
     num_heads: int
-    implementation: layers.AttentionImplementation | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact

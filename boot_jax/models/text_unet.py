@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from boot_jax.models import layers
+from boot_jax.models.attention import AttentionImplementation
 from boot_jax.models.from_config import read_fields
 from boot_jax.models.text_layers import PixelTransformer
 from boot_jax.models.unet_blocks import Level, last_layers, run_blocks
@@ -109,7 +110,7 @@ class TextUNet(nn.Module):
     added_embeddings: tuple[str, ...] = ()
     num_half_waves: int = 2
     dtype: DTypeLike = jnp.float32
-    attention_implementation: layers.AttentionImplementation | None = None
+    attention_implementation: AttentionImplementation | None = None
     remat: str = "none"
 
     @classmethod

@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from boot_jax.models import layers
+from boot_jax.models.attention import AttentionImplementation, dot_product_attention
 from boot_jax.models.dit import position_embedding
 from boot_jax.models.from_config import read_fields
 
@@ -95,7 +96,7 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     use_bias: bool
-    implementation: layers.AttentionImplementation | None
+    implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -109,7 +110,7 @@ class SelfAttention(nn.Module):
             ).reshape(heads)
             for name in ("to_q", "to_k", "to_v")
         )
-        h = layers.dot_product_attention(query, key, value, self.implementation)
+        h = dot_product_attention(query, key, value, self.implementation)
         return nn.Dense(dim, dtype=self.dtype, name="to_out_0")(h.reshape(x.shape))
 
 
@@ -149,7 +150,7 @@ class Block(nn.Module):
     attention_bias: bool
     approximate: bool
     epsilon: float
-    attention_implementation: layers.AttentionImplementation | None
+    attention_implementation: AttentionImplementation | None
     dtype: DTypeLike
 
     @nn.compact
@@ -206,7 +207,7 @@ class Transformer(nn.Module):
     added_embeddings: tuple[str, ...] = ()
     num_half_waves: int = 2
     dtype: DTypeLike = jnp.float32
-    attention_implementation: layers.AttentionImplementation | None = None
+    attention_implementation: AttentionImplementation | None = None
     remat: str = "none"
 
     @classmethod
