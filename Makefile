@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 MARKS ?= not slow
+JOBS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt --editable
@@ -19,7 +20,8 @@ test: .venv/test.installed
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -m "$(MARKS)" --durations=15
+	$(BIN)/coverage run -m pytest -q -m "$(MARKS)" --durations=25 \
+		-n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

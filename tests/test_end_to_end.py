@@ -59,9 +59,6 @@ def pixels(png: bytes) -> np.ndarray:
         return np.asarray(image, float)
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The tiny digits run, in its default mode; gives its flags and its workdir."""

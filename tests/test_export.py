@@ -22,8 +22,6 @@ from boot_jax.export.diffusers import stock_model
 from boot_jax.export.finished import ExportError
 from boot_jax.run import Run
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()

@@ -17,8 +17,6 @@ from boot_jax.models.transformer import Transformer
 from boot_jax.models.unet import UNet
 from boot_jax.teachers.checkpoint import initialiser
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "examples" / "distil_a_hub_model.md").read_text()
 COMMANDS = re.findall(r"^    python -m boot_jax.main (.*)$", TEXT, re.MULTILINE)

@@ -391,6 +391,7 @@ def collectives(compiled: Any) -> set[str]:
     return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
 
 
+@pytest.mark.usefixtures("without_cache")
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_data_parallel_step_reduces_gradients_and_gathers_nothing(microbatches):
     mesh = sharding.create_mesh(4, 1, 2)
@@ -402,6 +403,7 @@ def test_a_data_parallel_step_reduces_gradients_and_gathers_nothing(microbatches
     assert "all-gather" in collectives(compiled_on(sharding.create_mesh(4, 2)))
 
 
+@pytest.mark.usefixtures("without_cache")
 def test_parameters_take_less_of_each_device_with_fsdp():
     sizes = {}
     for fsdp in (1, 2, 4, 8):

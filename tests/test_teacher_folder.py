@@ -20,8 +20,6 @@ from boot_jax.teachers.folder import locate
 CONFIG = """
 from boot_jax.config import default_config
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def get_config():
     config = default_config()

@@ -8,8 +8,6 @@ from command import DIGITS, MIXTURE, command, write_config
 from PIL import Image
 from test_end_to_end import assert_same_state, saved_state
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 PROMPTS = ("a red square", "a small blue circle on white", "a green triangle")
 
 SHAPES = DIGITS.replace(
