@@ -1,9 +1,9 @@
 """The whole way of Stable Diffusion in about three minutes on two CPU cores.
 
-python examples/write_tiny_sd.py runs/tiny_sd_teacher
 python -m boot_jax.main --config=configs/tiny_sd.py
 
-The first command writes a pipeline with a small UNet, text encoder and VAE of random
+Its teacher is written before by `python examples/write_tiny_sd.py
+runs/tiny_sd_teacher`: a pipeline with a small UNet, text encoder and VAE of random
 weights. So the run proves that a folder is read, prompts are tokenised and encoded, a
 guided teacher is distilled in latent space, samples are decoded and the student goes
 home to diffusers. It cannot prove that images are good: random weights draw noise. For
