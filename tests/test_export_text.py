@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import text_pipelines
 import torch
+from command import DIGITS, command, write_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from finished_students import random_params
 from text_pipelines import PROMPTS
@@ -205,6 +206,42 @@ def test_a_flax_folder_goes_out_to_pytorch(tmp_path: pathlib.Path):
             assert torch.equal(theirs[key], tensor), key
     assert isinstance(pipeline, StableDiffusionPipeline)
     assert drawn(pipeline).shape == (2, 16, 16, 3)
+
+
+RUN = DIGITS.replace(
+    "    return config\n",
+    """
+    config.data.name = ""
+    config.teacher.source = "flax_pipeline"
+    config.teacher.guidance_scale = 2.0
+    config.objective.kind = "boot"
+    config.distill.update(num_steps=4, batch_size=8)
+    config.run.update(steps_per_dispatch=2, tensorboard=False)
+    return config
+""",
+)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_a_flax_pipeline_ends_in_pytorch(tmp_path: pathlib.Path):
+    config = text_pipelines.ONE_LEVEL
+    text_pipelines.save_flax(
+        text_pipelines.sd_pipeline(config), tmp_path / "teacher", config
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = (
+        write_config(tmp_path, RUN),
+        f"--config.teacher.path={tmp_path / 'teacher'}",
+        f"--config.prompts.path={prompts}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert command(*flags, "--mode=distill") == 0
+    assert command(*flags, "--mode=export") == 0
+    folder = tmp_path / "run" / "export"
+    card = (folder / "README.md").read_text()
+    assert 'pipeline("a small house by a river", num_inference_steps=1)' in card
+    assert np.isfinite(drawn(load(folder, "sd"))).all()
 
 
 def test_centred_input_has_no_place_for_a_scale(finished: FinishedStudent):

@@ -194,6 +194,14 @@ def test_parts_that_draw_nothing_are_ignored(copied: pathlib.Path, teacher: Teac
     assert load_teacher(str(copied)).fingerprint() == teacher.fingerprint()
 
 
+def test_early_configs_name_too_small_a_size(copied: pathlib.Path):
+    unet = copied / "unet" / "config.json"
+    edit(unet, _diffusers_version="0.8.1")
+    assert load_teacher(str(copied)).image_shape == (128, 128, 3)
+    edit(unet, _diffusers_version="0.9.0")
+    assert load_teacher(str(copied)).image_shape == (16, 16, 3)
+
+
 def test_missing_parts_are_named(copied: pathlib.Path):
     shutil.rmtree(copied / "tokenizer")
     assert "no tokenizer" in refused(copied)

@@ -9,6 +9,7 @@ prediction type, thresholding and the spacing of its sampler's steps.
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -156,10 +157,21 @@ def build(part: Component, overrides: Mapping[str, Any]) -> Network:
     """
     if not part.config:
         raise TeacherError(f"{part.folder} has no config.json")
+    network = NETWORKS[part.class_name]
+    config = _with_size(part.config) if network is TextUNet else part.config
     try:
-        return NETWORKS[part.class_name].from_config(part.config, **overrides)
+        return network.from_config(config, **overrides)
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{part.folder / 'config.json'}: {error}") from error
+
+
+def _with_size(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Configs before diffusers 0.9 may name half the size; its pipelines take 64."""
+    version = re.match(r"0\.(\d+)", str(config.get("_diffusers_version", "")))
+    size = config.get("sample_size")
+    if version and int(version[1]) < 9 and isinstance(size, int) and size < 64:
+        return {**config, "sample_size": 64}
+    return config
 
 
 def _sample_shape(network: Network) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from boot_jax.models.clip import UNUSED, CLIPTextEncoder
+from boot_jax.models.clip import UNUSED, CLIPTextEncoder, TextEncoding
 from boot_jax.models.text_unet import TextUNet
 from boot_jax.models.weights import WeightsError, from_diffusers, read_weights
 from boot_jax.teachers.base import TeacherError, TextEncoder
@@ -84,8 +84,8 @@ def read_text_encoder(
         encoder = readers["text_encoder"].encoder
 
         def encode(params: Any, tokens: Array) -> dict[str, Array]:
-            variables = {"params": params["text_encoder"]}
-            return {"text": encoder.apply(variables, tokens).last_hidden_state}  # type: ignore[union-attr]
+            encoding = _encode(encoder, params["text_encoder"], tokens)
+            return {"text": encoding.last_hidden_state}
 
         return TextEncoder(tokenizer=tokenizers[0], encode=encode, params=params)
     pair = PairTokenizer(*tokenizers)
@@ -94,12 +94,12 @@ def read_text_encoder(
 
     def encode_xl(params: Any, tokens: Array) -> dict[str, Array]:
         first, second = (
-            encoders[name].apply({"params": params[name]}, tokens[:, i])
-            for i, name in enumerate(encoders)
+            _encode(encoder, params[name], tokens[:, i])
+            for i, (name, encoder) in enumerate(encoders.items())
         )
-        states = [first.penultimate, second.penultimate]  # type: ignore[union-attr]
-        text = jnp.concatenate(states, axis=-1)
-        pooled = second.text_embeds  # type: ignore[union-attr]
+        text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        pooled = second.text_embeds
+        assert pooled is not None  # as `_check` has seen to
         if empty is not None:
             given = jnp.any(tokens != empty, axis=(1, 2))
             text = jnp.where(given[:, None, None], text, 0.0)
@@ -109,6 +109,12 @@ def read_text_encoder(
         return {"text": text, "pooled": pooled, "time_ids": ids}
 
     return TextEncoder(tokenizer=pair, encode=encode_xl, params=params)
+
+
+def _encode(encoder: CLIPTextEncoder, params: Any, tokens: Array) -> TextEncoding:
+    encoding = encoder.apply({"params": params}, tokens)
+    assert isinstance(encoding, TextEncoding)
+    return encoding
 
 
 def _read(tokenizer: Component, encoder: Component, dtype: DTypeLike) -> _Reader:
