@@ -35,7 +35,8 @@ def check_options(config: Any) -> None:
             raise ConfigError(
                 f"evaluation.{name} is {options[name]}, but must be positive, or 0"
             )
-    if not 1 <= options.inception_splits <= options.num_images:
+    is_split = "inception_score" in options.metrics
+    if is_split and not 1 <= options.inception_splits <= options.num_images:
         raise ConfigError(
             f"evaluation.inception_splits is {options.inception_splits}, but must lie "
             f"between 1 and evaluation.num_images = {options.num_images}"
