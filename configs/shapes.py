@@ -28,16 +28,16 @@ def get_config():
         "mlp_ratio": 4.0,
     }
     config.teacher.prediction_type = "sample"
-    config.teacher.guidance_scale = 2.0
+    config.teacher.guidance_scale = 1.5
     config.teacher.thresholding = "clip"  # guidance leads out of [-1, 1]
-    config.teacher.training.num_steps = 4000
+    config.teacher.training.num_steps = 6000
     config.teacher.training.batch_size = 64
     config.teacher.training.learning_rate = 2e-3
     config.teacher.training.ema_decay = 0.995
     config.objective.kind = "boot"
     config.objective.solver = "ddim"  # guidance doubles the teacher's batch
     config.objective.boundary_share = 0.25
-    config.distill.num_steps = 2000
+    config.distill.num_steps = 5000
     config.distill.batch_size = 32
     config.distill.learning_rate = 1e-3
     config.distill.ema_decay = 0.995
