@@ -20,7 +20,13 @@ from boot_jax.prompted import between_prompts
 from boot_jax.prompts import read_prompts
 from boot_jax.run import Run
 from boot_jax.tokenizers import WordTokenizer
-from boot_jax.trained import encoder, negative_prompt, pair_of, trained_pair
+from boot_jax.trained import (
+    encoder,
+    negative_prompt,
+    pair_of,
+    require_student,
+    trained_pair,
+)
 
 #: The teacher's rows in the grids of a training.
 TEACHER_STEPS = (50, 8)
@@ -38,9 +44,11 @@ def sample(run: Run) -> pathlib.Path:
       The folder, under ``samples`` in the workdir.
 
     Raises:
-      ConfigError: the options do not go with the student.
+      CheckpointError: there is no student.
+      ConfigError: the options do not go with it.
       PromptError: prompts cannot be read.
     """
+    require_student(run)
     options, prompts = run.config.sample, _prompts(run)
     _check(run, prompts)
     pair = trained_pair(run, prompts)

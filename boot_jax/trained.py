@@ -25,10 +25,7 @@ def trained_pair(run: Run, prompts: Sequence[str] | None = None) -> Pair:
     Raises:
       CheckpointError: there is none, or it is of another run.
     """
-    if not (run.workdir / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"there is no student in {run.workdir}; train one with --mode=distill"
-        )
+    require_student(run)
     checkpoints = Checkpoints(
         run.workdir / "checkpoints",
         run.metadata,
@@ -41,6 +38,18 @@ def trained_pair(run: Run, prompts: Sequence[str] | None = None) -> Pair:
     state = checkpoints.restore(template)
     checkpoints.close()
     return pair_of(run, state.ema_params, prompts)
+
+
+def require_student(run: Run) -> None:
+    """Refuses a workdir without a student, before its teacher is looked at.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    if not (run.workdir / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"there is no student in {run.workdir}; train one with --mode=distill"
+        )
 
 
 def pair_of(run: Run, params: Any, prompts: Sequence[str] | None = None) -> Pair:
