@@ -40,11 +40,18 @@ def get_config():
     config.teacher.training.batch_size = 64
     config.teacher.training.learning_rate = 2e-3
     config.teacher.training.ema_decay = 0.995
-    config.objective.kind = "boot"
-    config.objective.solver = "ddim"  # guidance doubles the teacher's batch
-    config.objective.boundary_share = 0.25
-    config.distill.num_steps = 5000
-    config.distill.batch_size = 32
+    # As for the digits: the continuous form has the boundary condition within.
+    config.objective.kind = "continuous"
+    config.objective.boundary_weight = 0.0
+    config.objective.adaptive_power = 1.0
+    config.distill.num_steps = 4000
+    config.distill.batch_size = 64
     config.distill.learning_rate = 1e-3
     config.distill.ema_decay = 0.995
+    config.evaluation.num_images = 500
+    config.evaluation.num_real = 2000
+    config.evaluation.batch_size = 100
+    config.evaluation.ddim_steps = (1, 8, 50)
+    config.evaluation.ode_steps = 40
+    config.run.sample_every = 1000
     return config
