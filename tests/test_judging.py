@@ -2,12 +2,10 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from clip_folders import write_clip_model
 from command import DIGITS, MIXTURE, command, write_config
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from torch_inception import random_inception
 from torch_lpips import TorchLpips
@@ -25,18 +23,6 @@ FEW = (
     "--config.evaluation.ode_steps=3",
     "--config.evaluation.ddim_steps=(1,)",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs that the runs of this module share are not compiled again."""
-    name = "jax_compilation_cache_dir"
-    before = getattr(jax.config, name)
-    jax.config.update(name, str(tmp_path_factory.mktemp("cache")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update(name, before)
-    compilation_cache.reset_cache()
 
 
 def distilled(folder, config: str):
