@@ -32,7 +32,7 @@ def test_python_block_distils_a_gaussian():
 
 def test_paths_exist():
     names = re.findall(r"`((?:boot_jax|configs)/[\w/.]*)`", README)
-    names += re.findall(r"\]\((examples/[\w.]+)\)", README)
+    names += re.findall(r"\]\(((?:examples|docs)/[\w.]+)\)", README)
     assert len(names) > 10
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing
