@@ -151,6 +151,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_big_config_takes_a_step_of_either_training(name, tmp_path):
@@ -168,6 +169,7 @@ def test_a_big_config_takes_a_step_of_either_training(name, tmp_path):
     assert described["num_classes"] == (None if BIG[name][1] is None else 2)
 
 
+@pytest.mark.slow
 def test_the_toy_beats_eight_steps_of_its_teacher(tmp_path):
     config = load("toy_mixture")
     config.distill.num_steps = 1000  # a third

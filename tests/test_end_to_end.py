@@ -197,7 +197,7 @@ def test_an_interpolation_joins_two_seeds(tiny):
         == 0
     )
     path = contents(workdir / "samples" / "seed_3_to_4")
-    assert len(path) == 7
+    assert len(path) == 8 and "animation.gif" in path
     shown = [pixels(path[f"{index:05d}.png"]) for index in range(6)]
     starts = [pixels(end) for end in ends]
     np.testing.assert_allclose(shown[0], starts[0], atol=1)
@@ -206,6 +206,7 @@ def test_an_interpolation_joins_two_seeds(tiny):
     assert max(jumps) < np.abs(starts[1] - starts[0]).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guidance",
     [

@@ -12,8 +12,11 @@ import pytest
 import boot_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
+# The others are run where what they need is: test_export_artifact, test_tiny_sd.
 EXAMPLES = sorted(
-    set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "run_artifact.py"}
+    path
+    for path in (ROOT / "examples").glob("*.py")
+    if path.stem not in ("run_artifact", "write_tiny_sd")
 )
 USAGE = "usage: launch/gpu.sh [--dry-run] CONFIG"
 
@@ -69,6 +72,7 @@ def test_the_public_names_are_there():
         _ = boot_jax.create_studet  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     step_time = importlib.import_module("step_time")

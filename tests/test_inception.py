@@ -79,6 +79,7 @@ def described(weights, sets):
     return extractor, [extractor.describe(images) for images in sets]
 
 
+@pytest.mark.slow
 def test_features_and_fid_are_those_of_pytorch(model, sets, described):
     extractor, ours = described
     theirs = [witness(model, images) for images in sets]

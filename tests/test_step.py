@@ -391,6 +391,7 @@ def collectives(compiled: Any) -> set[str]:
     return set(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_cache")
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_data_parallel_step_reduces_gradients_and_gathers_nothing(microbatches):
@@ -403,6 +404,7 @@ def test_a_data_parallel_step_reduces_gradients_and_gathers_nothing(microbatches
     assert "all-gather" in collectives(compiled_on(sharding.create_mesh(4, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_cache")
 def test_parameters_take_less_of_each_device_with_fsdp():
     sizes = {}
