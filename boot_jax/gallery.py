@@ -1,6 +1,7 @@
 """Images of a student: grids, interpolations and sweeps, also while it is trained."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -63,15 +64,8 @@ def sample(run: Run) -> pathlib.Path:
         condition = _held(condition)  # between two seeds everything else is held
 
     def images_of(generator: sampling.Generator) -> np.ndarray:
-        made = sampling.generate(
-            generator,
-            noise,
-            lambda indices: condition(indices, options.label),
-            options.num,
-            options.batch_size,
-            run.mesh,
-        ).images
-        return sampling.to_images(run.teacher.decoder, made, options.batch_size)
+        labelled = functools.partial(condition, label=options.label)
+        return _images(run, generator, noise, labelled, options.num, options.batch_size)
 
     images = images_of(pair.student())
     beside = {
@@ -96,6 +90,26 @@ def sample(run: Run) -> pathlib.Path:
     return folder
 
 
+def _images(
+    run: Run,
+    generator: sampling.Generator,
+    noise: Callable[[np.ndarray], Array],
+    condition: Callable[[np.ndarray], Any],
+    num: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Generated, and decoded where samples are something else."""
+    made = sampling.generate(generator, noise, condition, num, batch_size, run.mesh)
+    return sampling.to_images(run.teacher.decoder, made.images, batch_size)
+
+
+def _first_prompts(run: Run, num: int) -> list[str]:
+    """Of those that the run learns from, as many as there are."""
+    assert run.prompts is not None
+    cache = run.prompts.cache
+    return [cache.text(index) for index in range(min(num, len(cache)))]
+
+
 def _prompts(run: Run) -> list[str] | None:
     """The prompts to show, in turn; None where the teacher takes none."""
     options = run.config.sample
@@ -107,9 +121,7 @@ def _prompts(run: Run) -> list[str] | None:
         read = read_prompts(options.prompts, column=run.config.prompts.column)
         prompts = [prompt.text for prompt in itertools.islice(read, options.num)]
     else:
-        assert run.prompts is not None
-        cache = run.prompts.cache
-        prompts = [cache.text(index) for index in range(min(options.num, len(cache)))]
+        prompts = _first_prompts(run, options.num)
     _warn_of_strange(run, prompts)
     return prompts
 
@@ -159,7 +171,7 @@ def _holds_noise(options: Any) -> bool:
 
 def _held(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of image indices, always at the first image."""
-    return lambda indices, *rest: function(np.zeros_like(indices), *rest)
+    return lambda indices, **rest: function(np.zeros_like(indices), **rest)
 
 
 def _between_prompts(run: Run, pair: Pair) -> tuple[Pair, Callable[..., Any]]:
@@ -222,10 +234,8 @@ class TrainingGrids:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._num = run.config.run.sample_images
-        self._prompts = None
-        if run.prompts is not None:
-            cache = run.prompts.cache
-            self._prompts = [cache.text(i) for i in range(min(self._num, len(cache)))]
+        told = None if run.prompts is None else _first_prompts(run, self._num)
+        self._pair = pair_of(run, None, told)  # the student is given at each call
         self._teacher: dict[str, np.ndarray] = {}
 
     def __call__(self, step: int, params: Any) -> None:
@@ -235,7 +245,7 @@ class TrainingGrids:
           step: its number.
           params: of the student, on the mesh.
         """
-        pair = pair_of(self._run, params, self._prompts)
+        pair = dataclasses.replace(self._pair, params=params)
         if not self._teacher:
             self._teacher = {
                 f"teacher, {steps} steps": self._images(pair, pair.sampler(steps))
@@ -246,8 +256,7 @@ class TrainingGrids:
         distributed.on_main(lambda: summary.save_grid(path, rows))
 
     def _images(self, pair: Pair, generator: sampling.Generator) -> np.ndarray:
-        seed, mesh = self._run.config.sample.seed, self._run.mesh
-        made = sampling.generate(
-            generator, pair.noise(seed), pair.condition, self._num, self._num, mesh
+        noise = pair.noise(self._run.config.sample.seed)
+        return _images(
+            self._run, generator, noise, pair.condition, self._num, self._num
         )
-        return sampling.to_images(self._run.teacher.decoder, made.images, self._num)

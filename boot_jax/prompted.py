@@ -70,9 +70,11 @@ def open_prompts(
             "its network; set prompts.embeddings='none'"
         )
     compiled = jax.jit(text.encode)
+    # To the device once, and only if there is something to encode.
+    params = functools.cache(lambda: jax.device_put(text.params))
     rows = EmbeddingCache.open(
         cache,
-        functools.partial(compiled, text.params),
+        lambda tokens: compiled(params(), tokens),
         text.fingerprint(),
         cache_dir,
         dtype=section.embeddings,
@@ -80,7 +82,7 @@ def open_prompts(
     null = None
     if guided:
         ids = np.asarray(text.tokenizer([section.negative]).ids)
-        null = jax.tree.map(np.asarray, compiled(text.params, ids))
+        null = jax.tree.map(np.asarray, compiled(params(), ids))
     return Prompts(cache=cache, rows=rows, encode=embedding_reader(guided), params=null)
 
 

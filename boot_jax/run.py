@@ -26,7 +26,7 @@ from boot_jax.prompted import Prompts, open_prompts
 from boot_jax.prompts import prompt_batches
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
-from boot_jax.teachers.base import Teacher, as_sampled
+from boot_jax.teachers.base import Teacher, TextEncoder, as_sampled
 from boot_jax.training.step import Loss, distillation_loss
 
 
@@ -89,24 +89,28 @@ class Run:
     @functools.cached_property
     def placed_teacher(self) -> Teacher:
         """The teacher with its parameters on the mesh, in the type they are kept in."""
+        params = self._placed(self.teacher.params)
+        return dataclasses.replace(self.teacher, params=params)
+
+    @functools.cached_property
+    def placed_text(self) -> TextEncoder:
+        """Its text encoder alike; apart, as embeddings made before do without."""
+        assert self.teacher.text is not None
+        params = self._placed(self.teacher.text.params)
+        return dataclasses.replace(self.teacher.text, params=params)
+
+    def _placed(self, params: Any) -> Any:
         mesh, dtype = self.config.mesh, jnp.dtype(self.config.teacher.param_dtype)
 
         def kept(leaf: Any) -> np.ndarray:
             host = np.asarray(leaf)
             return host.astype(dtype) if host.dtype == np.float32 else host
 
-        def placed(params: Any) -> Any:
-            params = jax.tree.map(kept, params)
-            where = sharding.parameter_shardings(
-                params, self.mesh, mesh.teacher_rules, mesh.fsdp_min_size
-            )
-            return sharding.place(params, where)
-
-        text = self.teacher.text
-        if text is not None:
-            text = dataclasses.replace(text, params=placed(text.params))
-        params = placed(self.teacher.params)
-        return dataclasses.replace(self.teacher, params=params, text=text)
+        params = jax.tree.map(kept, params)
+        where = sharding.parameter_shardings(
+            params, self.mesh, mesh.teacher_rules, mesh.fsdp_min_size
+        )
+        return sharding.place(params, where)
 
     @functools.cached_property
     def prompts(self) -> Prompts | None:
@@ -139,13 +143,13 @@ class Run:
     @property
     def frozen(self) -> Any:
         """What distillation reads and does not train, on the mesh."""
-        teacher, prompts = self.placed_teacher, self.prompts
-        if prompts is None or teacher.text is None:
-            return teacher.params
-        text = teacher.text.params
-        if prompts.rows is not prompts.cache:
-            text = sharding.place(prompts.params, sharding.replicated(self.mesh))
-        return {"teacher": teacher.params, "text": text}
+        teacher, prompts = self.placed_teacher.params, self.prompts
+        if prompts is None:
+            return teacher
+        if prompts.rows is prompts.cache:
+            return {"teacher": teacher, "text": self.placed_text.params}
+        null = sharding.place(prompts.params, sharding.replicated(self.mesh))
+        return {"teacher": teacher, "text": null}
 
     def prompt_batches(self, start_step: int, steps_per_dispatch: int) -> Iterator[Any]:
         """Prompts ``[k, B, ...]`` on the mesh."""

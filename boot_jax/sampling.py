@@ -89,12 +89,16 @@ def conditions_for(
 
 def one_step(signal: Signal, params: Any, objective: Objective) -> Generator:
     """The student: ``y_theta(eps, t_min)``, one call of the network."""
-    call = jax.jit(
+    return functools.partial(_student_step(signal, objective.t_min), params)
+
+
+@functools.lru_cache(maxsize=8)
+def _student_step(signal: Signal, t_min: float) -> Callable[..., Array]:
+    return jax.jit(
         lambda params, eps, condition: signal(
-            params, eps, jnp.full(eps.shape[:1], objective.t_min, eps.dtype), condition
+            params, eps, jnp.full(eps.shape[:1], t_min, eps.dtype), condition
         )
     )
-    return lambda eps, condition: call(params, eps, condition)
 
 
 def many_steps(

@@ -80,9 +80,7 @@ def negative_prompt(run: Run) -> str | None:
 
 def encoder(run: Run, encode: Encode) -> Callable[[Any], Any]:
     """An encoder of conditions, compiled, with the teacher's parameters on the mesh."""
-    text = run.placed_teacher.text
-    assert text is not None
-    return functools.partial(jax.jit(encode), text.params)
+    return functools.partial(jax.jit(encode), run.placed_text.params)
 
 
 def _tokens(run: Run, prompts: Sequence[str] | None) -> np.ndarray:
