@@ -44,6 +44,28 @@ def batch_indices(
     return np.concatenate(parts).astype(np.int64)
 
 
+def dispatch_indices(
+    num_examples: int, batch_size: int, seed: int, start_step: int, length: int
+) -> Callable[[int], np.ndarray]:
+    """Maps a step to the examples in the batches from it on, ``[length, batch_size]``.
+
+    Raises:
+      DataError: the length is below 1, or as `batch_indices` at ``start_step``: now,
+        not later.
+    """
+    if length < 1:
+        raise DataError(f"steps_per_dispatch must be at least 1: {length}")
+    batch_indices(num_examples, batch_size, seed, start_step)
+
+    def draw(first: int) -> np.ndarray:
+        steps = range(first, first + length)
+        return np.stack(
+            [batch_indices(num_examples, batch_size, seed, step) for step in steps]
+        )
+
+    return draw
+
+
 def batches(
     dataset: Dataset,
     batch_size: int,
@@ -73,14 +95,12 @@ def batches(
     Raises:
       DataError: a size, seed or step that cannot be; while iterating, a bad image.
     """
-    if steps_per_dispatch < 1:
-        raise DataError(f"steps_per_dispatch must be at least 1: {steps_per_dispatch}")
-    batch_indices(len(dataset), batch_size, seed, start_step)  # Refuses now, not later.
+    draw = dispatch_indices(
+        len(dataset), batch_size, seed, start_step, steps_per_dispatch
+    )
 
     def read(first: int) -> Batch:
-        steps = range(first, first + steps_per_dispatch)
-        order = [batch_indices(len(dataset), batch_size, seed, step) for step in steps]
-        indices = np.stack(order)[:, rows]
+        indices, steps = draw(first)[:, rows], range(first, first + steps_per_dispatch)
         images = dataset.images(indices.ravel())
         if random_flip:
             coins = [_random_words(batch_size, seed, _FLIP_STREAM, i) for i in steps]

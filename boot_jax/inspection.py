@@ -7,7 +7,6 @@ it is written, for one device: XLA may need less of both.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from boot_jax.schedules import DiscreteSchedule, NoiseSchedule
 from boot_jax.student import check_conversion
 from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError
+from boot_jax.teachers.folder import read_json
 from boot_jax.training.run import optimizer_from
 from boot_jax.training.state import create_state
 from boot_jax.training.step import make_train_step
@@ -116,7 +116,7 @@ def find(path: str, config: Any = None) -> Found:
 
 
 def _own_teacher(folder: pathlib.Path, config: Any) -> Found:
-    description = _read_json(folder / "model.json")
+    description = read_json(folder / "model.json")
     if description.get("format") == teacher_checkpoint.FORMAT:
         settings = {
             "teacher.source": "checkpoint",
@@ -161,7 +161,7 @@ def _with_an_end(found: Found) -> Found:
 def _workdir(folder: pathlib.Path) -> Found:
     config = config_lib.default_config()
     try:
-        config.update(_read_json(folder / "config.json"))
+        config.update(read_json(folder / "config.json"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InspectionError(
             f"{folder / 'config.json'} is not a config of boot_jax"
@@ -172,16 +172,6 @@ def _workdir(folder: pathlib.Path) -> Found:
             f"{folder} is a workdir whose teacher is not trained yet: --mode=teacher"
         )
     return Found(f"a workdir of boot_jax, {config.title!r}", config, folder)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InspectionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InspectionError(f"{path} holds no JSON object")
-    return content
 
 
 def step_cost(run: Run) -> Cost:

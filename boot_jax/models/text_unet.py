@@ -20,7 +20,7 @@ from boot_jax.models import layers
 from boot_jax.models.attention import AttentionImplementation
 from boot_jax.models.from_config import read_fields
 from boot_jax.models.text_layers import PixelTransformer
-from boot_jax.models.unet_blocks import Level, last_layers, run_blocks
+from boot_jax.models.unet_blocks import Level, check_images, last_layers, run_blocks
 
 # The values that each field may have; a field of several has only these.
 CHOICES: dict[str, tuple[str | int | None, ...]] = {
@@ -164,13 +164,7 @@ class TextUNet(nn.Module):
         Raises:
           ValueError: an image, condition or added scalars that do not fit the network.
         """
-        _, height, width, channels = x.shape
-        multiple = 2 ** (len(self.block_out_channels) - 1)
-        if channels != self.in_channels or height % multiple or width % multiple:
-            raise ValueError(
-                f"TextUNet: images of shape [B, H, W, C] = {x.shape} do not fit; C "
-                f"must be {self.in_channels}, and H and W multiples of {multiple}"
-            )
+        check_images("TextUNet", x, self.in_channels, len(self.block_out_channels))
         condition = self._checked(condition or {})
         embedding = self._embed(time, condition, added)
         x = 2 * x - 1 if self.center_input_sample else x

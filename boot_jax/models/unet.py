@@ -23,6 +23,7 @@ from boot_jax.models.layers import Attention, LayerSettings
 from boot_jax.models.unet_blocks import (
     Level,
     Resampling,
+    check_images,
     last_layers,
     run_blocks,
 )
@@ -140,13 +141,7 @@ class UNet(nn.Module):
         Raises:
           ValueError: an image, condition or added scalars that do not fit the network.
         """
-        _, height, width, channels = x.shape
-        multiple = 2 ** (len(self.block_out_channels) - 1)
-        if channels != self.in_channels or height % multiple or width % multiple:
-            raise ValueError(
-                f"UNet: images of shape [B, H, W, C] = {x.shape} do not fit; C must be "
-                f"{self.in_channels}, and H and W multiples of {multiple}"
-            )
+        check_images("UNet", x, self.in_channels, len(self.block_out_channels))
         embedding = self._embed(time, condition, added)
         x = 2 * x - 1 if self.center_input_sample else x
         x = self._run_blocks(x.astype(self.dtype), embedding, deterministic)

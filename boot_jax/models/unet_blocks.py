@@ -70,6 +70,20 @@ class MidBlock(nn.Module):
         return ResnetBlock(features, settings, name="resnets_1")(x, embedding)
 
 
+def check_images(name: str, x: Array, in_channels: int, levels: int) -> None:
+    """Refuses images that do not fit a UNet, which halves them between its levels.
+
+    Raises:
+      ValueError: other channels, or sides that cannot be halved so often.
+    """
+    multiple = 2 ** (levels - 1)
+    if x.shape[-1] != in_channels or x.shape[1] % multiple or x.shape[2] % multiple:
+        raise ValueError(
+            f"{name}: images of shape [B, H, W, C] = {x.shape} do not fit; C must be "
+            f"{in_channels}, and H and W multiples of {multiple}"
+        )
+
+
 class UpBlock(nn.Module):
     """One ResNet block for each skip, the last skip first, then twice the size."""
 

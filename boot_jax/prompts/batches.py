@@ -5,8 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from boot_jax.batches import Batch, batch_indices, read_ahead
-from boot_jax.data import DataError
+from boot_jax.batches import Batch, dispatch_indices, read_ahead
 
 
 class Rows(Protocol):
@@ -49,14 +48,12 @@ def prompt_batches(
     Raises:
       DataError: a size, seed or step that cannot be.
     """
-    if steps_per_dispatch < 1:
-        raise DataError(f"steps_per_dispatch must be at least 1: {steps_per_dispatch}")
-    batch_indices(len(cache), batch_size, seed, start_step)  # Refuses now, not later.
+    draw = dispatch_indices(
+        len(cache), batch_size, seed, start_step, steps_per_dispatch
+    )
 
     def read(first: int) -> Batch:
-        steps = range(first, first + steps_per_dispatch)
-        order = [batch_indices(len(cache), batch_size, seed, step) for step in steps]
-        indices = np.stack(order)[:, rows]
+        indices = draw(first)[:, rows]
         return {
             name: taken.reshape(*indices.shape, *taken.shape[1:])
             for name, taken in cache.take(indices.ravel()).items()
