@@ -1,4 +1,4 @@
-"""The whole way of Stable Diffusion in about three minutes on two CPU cores.
+"""The whole way of Stable Diffusion in three minutes of processor time.
 
 python -m boot_jax.main --config=configs/tiny_sd.py
 
