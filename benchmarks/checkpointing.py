@@ -19,8 +19,9 @@ from boot_jax.models import create_network
 from boot_jax.teachers.base import network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.training.checkpoints import Checkpoints
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import create_optimizer, create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import make_train_step
 
 # The UNet of configs/cifar10.py, and a transformer that a CPU can step.
 NETWORKS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {

@@ -27,8 +27,9 @@ from boot_jax.models.text_unet import TextUNet
 from boot_jax.prompts import PromptCache, prompt_batches
 from boot_jax.teachers.base import TextEncoder, network_denoiser
 from boot_jax.tokenizers import ClipTokenizer, Tokens
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import TrainState, create_optimizer, create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import make_train_step
 
 STARTER = pathlib.Path(__file__).parents[1] / "configs" / "prompts" / "starter.txt"
 SCHEDULE = get_schedule(

@@ -17,13 +17,10 @@ from boot_jax.conditions import Conditions
 from boot_jax.models import create_network
 from boot_jax.teachers.base import network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
+from boot_jax.training.denoising import denoising_loss
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import create_optimizer, create_state
-from boot_jax.training.step import (
-    Loss,
-    denoising_loss,
-    distillation_loss,
-    make_train_step,
-)
+from boot_jax.training.step import Loss, make_train_step
 
 SHAPE, SCHEDULE, PREDICTION = (8, 8, 1), CosineSchedule(), "v_prediction"
 NETWORKS: dict[str, dict[str, Any]] = {

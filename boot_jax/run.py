@@ -27,7 +27,8 @@ from boot_jax.prompts import prompt_batches
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
 from boot_jax.teachers.base import Teacher, TextEncoder, as_sampled
-from boot_jax.training.step import Loss, distillation_loss
+from boot_jax.training.distillation import distillation_loss
+from boot_jax.training.step import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Run:
     def loss(
         self, encode: Encode | None, batch_sharding: NamedSharding | None = None
     ) -> Loss:
-        """Of the distillation; see `boot_jax.training.step.distillation_loss`."""
+        """Of the distillation; see `boot_jax.training.distillation`."""
         return distillation_loss(
             signal=self.student.signal,
             denoise=self.denoise,

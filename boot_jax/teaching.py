@@ -22,8 +22,8 @@ from boot_jax.teachers.diffusers import load_teacher as load_diffusers
 from boot_jax.teachers.flax_pipeline import load_teacher as load_flax_pipeline
 from boot_jax.teachers.mixture import gaussian_mixture
 from boot_jax.tokenizers import WordTokenizer
+from boot_jax.training.denoising import denoising_loss
 from boot_jax.training.run import train
-from boot_jax.training.step import denoising_loss
 
 if TYPE_CHECKING:
     from boot_jax.run import Run

@@ -23,8 +23,9 @@ from boot_jax.conditions import Conditions
 from boot_jax.evaluation.metrics import normalized_error
 from boot_jax.solvers import add_noise
 from boot_jax.teachers.mixture import sample_mixture
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import create_optimizer, create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import make_train_step
 
 SCHEDULE, SHAPE, BATCH_SIZE = CosineSchedule(), (1, 1, 2), 256
 MEANS = jnp.array([[-1.0, -1.0], [1.0, 0.0], [-0.5, 1.2]]).reshape(3, *SHAPE)

@@ -12,7 +12,7 @@ from boot_jax.prediction import PREDICTION_TYPES
 from boot_jax.schedules import get_schedule
 from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.teachers.mixture import gaussian_mixture
-from boot_jax.training.step import denoising_loss
+from boot_jax.training.denoising import denoising_loss
 
 NAMES = ("cosine", "flow", "linear_beta", "edm", "discrete")
 SCHEDULES = {name: get_schedule(name) for name in NAMES}

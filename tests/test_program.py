@@ -18,8 +18,9 @@ from boot_jax.schedules import get_schedule
 from boot_jax.student import create_student
 from boot_jax.teachers.base import Teacher, network_denoiser
 from boot_jax.teachers.mixture import gaussian_mixture
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import create_state
-from boot_jax.training.step import distillation_loss, make_train_step
+from boot_jax.training.step import make_train_step
 
 COSINE = get_schedule("cosine")
 SHAPE = (4, 4, 1)

@@ -19,8 +19,9 @@ from boot_jax.student import create_student
 from boot_jax.teachers.base import Teacher, network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.training import health
+from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import TrainState, create_optimizer, create_state
-from boot_jax.training.step import Loss, distillation_loss, make_train_step
+from boot_jax.training.step import Loss, make_train_step
 
 COSINE = get_schedule("cosine")
 SHAPE = (4, 4, 1)

@@ -21,7 +21,7 @@ from boot_jax.solvers import sample_ode, time_grid
 from boot_jax.student import create_student
 from boot_jax.teachers import diffusers, flax_pipeline
 from boot_jax.teachers.base import Teacher, TeacherError
-from boot_jax.training.step import distillation_loss
+from boot_jax.training.distillation import distillation_loss
 
 SCALE = 2.5
 

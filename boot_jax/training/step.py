@@ -1,4 +1,4 @@
-"""What happens in a step: two losses over a key, and one update for both.
+"""What happens in a step: a loss over a key, and one update of its parameters.
 
 A `Loss` draws its inputs from a key, and is a pure function of them. Everything random
 comes from the key, which the update derives from the run's key and the step. So a run
@@ -10,20 +10,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import NamedSharding
 
-from boot_jax.conditions import Conditions, Encode
-from boot_jax.guidance import Denoiser
-from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
-from boot_jax.prediction import expand, from_x_0
-from boot_jax.schedules import NoiseSchedule
-from boot_jax.solvers import add_noise
-from boot_jax.tokenizers.words import PADDING
 from boot_jax.training import health
 from boot_jax.training.state import TrainState, update_ema
 
@@ -78,135 +70,11 @@ def as_loss(function: Callable[..., Any]) -> Loss:
     return Loss(draw, value)
 
 
-def _split(tree: Any, microbatches: int) -> Any:
+def split_batch(tree: Any, microbatches: int) -> Any:
     """``[B, ...]`` as ``[m, B / m, ...]``."""
     return jax.tree.map(
         lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), tree
     )
-
-
-def distillation_loss(
-    *,
-    signal: Signal,
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    objective: Objective,
-    conditions: Conditions,
-    sample_shape: tuple[int, ...],
-    batch_size: int,
-    batch_sharding: NamedSharding | None = None,
-    encode: Encode | None = None,
-) -> Loss:
-    """The objective on noise, times and conditions that it draws itself: no data.
-
-    ``batch_sharding`` says where the inputs ``[m, B / m, ...]`` live. With ``encode``
-    (of `boot_jax.conditions.prompt_encoder`) batches are of prompts, and ``frozen`` is
-    ``{"teacher": its parameters, "text": the encoder's}`` instead of the former alone.
-    """
-
-    def draw(batch: Any, key: Array, progress: Any, microbatches: int) -> Any:
-        noise_key, time_key, condition_key = jax.random.split(key, 3)
-        # Drawn in its last shape: drawn flat, and reshaped, every device would have to
-        # make the noise of all.
-        shape = (microbatches, batch_size // microbatches, *sample_shape)
-        times = draw_times(objective, time_key, batch_size, progress)
-        condition = conditions.draw(condition_key, batch_size, batch)
-        drawn = (
-            jax.random.normal(noise_key, shape),
-            *_split((times, condition), microbatches),
-        )
-        if batch_sharding is None:
-            return drawn
-        return jax.lax.with_sharding_constraint(drawn, batch_sharding)
-
-    def value(
-        params: Any, ema_params: Any, frozen: Any, inputs: Any, key: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        eps, t, condition = inputs
-        teacher_params = frozen
-        if encode is not None:
-            teacher_params = frozen["teacher"]
-            condition = encode(frozen["text"], condition)
-        return LOSSES[objective.kind](
-            params,
-            teacher_params,
-            eps,
-            t,
-            condition,
-            signal=signal,
-            denoise=denoise,
-            schedule=schedule,
-            objective=objective,
-            target_params=ema_params if objective.target_network == "ema" else None,
-        )
-
-    return Loss(draw, value)
-
-
-def denoising_loss(
-    *,
-    network: nn.Module,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    conditions: Conditions,
-    label_dropout: float = 0.1,
-    t_min: float = 1e-3,
-) -> Loss:
-    """Teacher training: the mean squared error of what the network predicts.
-
-    Times are uniform in ``[t_min, 1]``, stratified over the batch. A share
-    ``label_dropout`` of the labels becomes the null label, or of the batch's captions
-    ``tokens [B, L]`` the empty prompt, so that the teacher can be guided.
-    """
-    times_of = Objective(kind="continuous", t_min=t_min, delta=1e-3)
-    dropout: Any = {"deterministic": False} if getattr(network, "dropout", 0.0) else {}
-
-    def draw(
-        batch: dict[str, Array], key: Array, progress: Any, microbatches: int
-    ) -> Any:
-        noise_key, time_key, label_key = jax.random.split(key, 3)
-        images = _split(batch["image"], microbatches)
-        times = draw_times(times_of, time_key, batch["image"].shape[0])
-        inputs = {
-            "x_0": images,
-            "eps": jax.random.normal(noise_key, images.shape),
-            "t": _split(times, microbatches),
-        }
-        if conditions.num_classes is not None:
-            label = batch["label"]
-            dropped = jax.random.bernoulli(label_key, label_dropout, label.shape)
-            label = jnp.where(dropped, conditions.num_classes, label)
-            inputs["label"] = _split(label, microbatches)
-        if "tokens" in batch:
-            tokens = batch["tokens"]
-            dropped = jax.random.bernoulli(label_key, label_dropout, tokens.shape[:1])
-            tokens = jnp.where(expand(dropped, tokens), PADDING, tokens)
-            inputs["tokens"] = _split(tokens, microbatches)
-        return inputs
-
-    def value(
-        params: Any, ema_params: Any, frozen: None, inputs: dict[str, Array], key: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        x_0, eps, t = inputs["x_0"], inputs["eps"], inputs["t"]
-        told = {name: inputs[name] for name in ("label", "tokens") if name in inputs}
-        condition = told or None
-        x_t = add_noise(schedule, x_0, eps, t)
-        output = network.apply(
-            {"params": params},
-            expand(schedule.input_scale(t), x_t) * x_t,
-            schedule.time_input(t),
-            condition,
-            **dropout,
-            rngs={"dropout": key},
-        )
-        assert isinstance(output, Array)
-        target = from_x_0(
-            prediction_type, x_0, eps, schedule.alpha(t), schedule.sigma(t)
-        )
-        error = jnp.mean((output - target) ** 2)
-        return error, {"loss/denoising": error}
-
-    return Loss(draw, value)
 
 
 def make_train_step(

@@ -1,54 +1,6 @@
-"""The paper: a student learns the signal of its teacher's trajectories without data.
+"""What every objective shares: its choices, its times, distances and the boundary loss.
 
-**The student** ``y_theta(eps, t)`` takes the noise at which a trajectory of the
-teacher's ODE starts and a target time, and gives the signal there,
-
-    y_t = (x_t - sigma_t eps) / alpha_t.                                        (1)
-
-The signal obeys an ODE in which the noise has cancelled (Gu et al., *BOOT*, arXiv
-2306.05544; ``f`` is the teacher as a denoiser, ``lambda = log(sigma / alpha)``):
-
-    dy / dlambda = y - f(x, t),     x = alpha y + sigma eps,                    (2)
-
-so that one DDIM step of the teacher from ``t`` to ``s < t`` moves the signal by
-
-    y_s = y_t + k (f(x_t, t) - y_t),     k = 1 - exp(lambda_s - lambda_t).      (3)
-
-**Bootstrap** (`boot_loss`). The student's own signal at ``t``, moved by eq. (3),
-teaches its signal at ``s = t - delta``; SG stops the gradient through all of the
-target:
-
-    L_BS = E w || y_theta(eps, s) - SG[y + k (f(x_t, t) - y)] ||^2,  y = y_theta(eps, t)
-    L_BC = E || y_theta(eps, t_max) - f(eps, t_max) ||^2
-    L    = L_BS + beta L_BC.                                                    (4)
-
-Divided by ``k``, the difference in L_BS is the one between the *implied image*
-``y_t + (y_theta(eps, s) - y_t) / k`` and ``f``; with that, any distance between images
-(squared error, LPIPS) serves. The weights ``w`` are then ``1`` for ``x0`` weighting,
-``(k / delta)^2`` for ``dt``, ``k^2`` for ``uniform``, each in terms of that image.
-
-**Continuous time** (`continuous_loss`). As ``delta`` goes to 0, eq. (2) itself:
-
-    L = E || y_theta(eps, t) - SG[f(x_t, t) + (dt / dlambda) dy_theta / dt] ||^2  (5)
-
-(the prediction half of FreeFlow, arXiv 2511.19428). Where ``alpha = 0`` the factor is 0
-and eq. (5) is the boundary condition; elsewhere the boundary loss is added all the
-same.
-
-**Adaptive weights.** Early on, ``dy_theta / dt`` can run away before the student has
-learned to follow it, and the damage to the weights it started from stays. Dividing each
-image's distance ``d`` by its own size bounds every image's pull:
-
-    d <- d / SG[d + c]^p                                                        (6)
-
-(the adaptive weights of MeanFlow, arXiv 2505.13447).
-
-The losses are pure: no state, no globals, nothing but arrays and the two functions
-
-    denoise(params, x_t, t, condition) -> x_0        the teacher
-    signal(params, eps, t, condition) -> y_t         the student
-
-so they can be jitted, differentiated, vmapped and sharded by anybody's training loop.
+Equations are those of `boot_jax.objectives`.
 """
 
 import dataclasses
@@ -64,13 +16,14 @@ from jax.lax import stop_gradient
 from boot_jax.guidance import Denoiser
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
-from boot_jax.solvers import SOLVERS, add_noise, signal_target, step_fraction
+from boot_jax.solvers import SOLVERS
 
 #: ``signal(params, eps, t, condition) -> y_t``: the contract of a student.
 Signal = Callable[[Any, Array, Array, Any], Array]
 #: ``distance(images, targets) -> [B]``.
 Distance = Callable[[Array, Array], Array]
 
+KINDS = ("boot", "continuous")
 WEIGHTINGS = ("x0", "dt", "uniform")
 TARGET_NETWORKS = ("online", "ema")
 TIME_ORDERS = ("uniform", "progressive")
@@ -122,7 +75,7 @@ class Objective:
     def __post_init__(self) -> None:
         """Refuses what has no meaning, in one line each."""
         for name, known in (
-            ("kind", tuple(LOSSES)),
+            ("kind", KINDS),
             ("solver", SOLVERS),
             ("weighting", WEIGHTINGS),
             ("target_network", TARGET_NETWORKS),
@@ -187,118 +140,7 @@ def draw_times(
     return low + (high - low) * ((jnp.asarray(strata, offset.dtype) + offset) % 1)
 
 
-def boot_loss(
-    params: Any,
-    teacher_params: Any,
-    eps: Array,
-    t: Array,
-    condition: Any,
-    *,
-    signal: Signal,
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    objective: Objective,
-    target_params: Any = None,
-) -> tuple[Array, dict[str, Array]]:
-    """The bootstrap and boundary losses, eq. (4).
-
-    Args:
-      params: the student's; the only argument that the gradient reaches.
-      teacher_params: the teacher's.
-      eps: ``[B, H, W, C]`` standard normal.
-      t: ``[B]`` in ``[t_min + delta, t_max]``; see `draw_times`.
-      condition: a pytree with leading size ``B``, or None.
-      signal: the student.
-      denoise: the teacher, guided and thresholded as its sampler does it.
-      schedule: the teacher's.
-      objective: the choices; its ``kind`` is not read here.
-      target_params: parameters of the target network; None for the student's own.
-
-    Returns:
-      The loss, and ``{"loss/trajectory", "loss/boundary"}``, all scalars.
-    """
-    s = jnp.maximum(t - objective.delta, objective.t_min)
-    k = step_fraction(schedule, t, s)
-    closed = _close(denoise, teacher_params, condition)
-    source = params if target_params is None else target_params
-    y_t = stop_gradient(signal(source, eps, t, condition))
-    x_0 = signal_target(closed, schedule, objective.solver, y_t, eps, t, s)
-    y_s = signal(params, eps, s, condition)
-    implied = y_t + (y_s - y_t) / expand(k, y_s)
-    weight = {
-        "x0": jnp.ones_like(k),
-        "dt": (k / objective.delta) ** 2,
-        "uniform": k**2,
-    }[objective.weighting]
-    distance = _distance(objective, implied, stop_gradient(x_0))
-    loss = jnp.mean(weight * distance)
-    return _with_boundary(
-        loss,
-        params,
-        teacher_params,
-        eps,
-        condition,
-        signal,
-        denoise,
-        schedule,
-        objective,
-    )
-
-
-def continuous_loss(
-    params: Any,
-    teacher_params: Any,
-    eps: Array,
-    t: Array,
-    condition: Any,
-    *,
-    signal: Signal,
-    denoise: Denoiser,
-    schedule: NoiseSchedule,
-    objective: Objective,
-    target_params: Any = None,
-) -> tuple[Array, dict[str, Array]]:
-    """The continuous-time loss, eq. (5), and the boundary loss.
-
-    Arguments and results as in `boot_loss`, but for ``t [B]`` in ``[t_min, t_max]``.
-    """
-    source = params if target_params is None else target_params
-
-    def along_time(t: Array) -> Array:
-        return signal(source, eps, t, condition)
-
-    if objective.derivative == "jvp":
-        y_t, slope = jax.jvp(along_time, (t,), (jnp.ones_like(t),))
-    else:
-        y_t = along_time(t)
-        before = jnp.maximum(t - objective.delta / 2, objective.t_min)
-        after = jnp.minimum(t + objective.delta / 2, objective.t_max)
-        rise = along_time(after) - along_time(before)
-        slope = rise / expand(after - before, rise)
-    x_t = add_noise(schedule, stop_gradient(y_t), eps, t)
-    x_0 = denoise(teacher_params, x_t, t, condition)
-    target = stop_gradient(x_0 + expand(schedule.dt_dlambda(t), slope) * slope)
-    if target_params is not None:
-        y_t = signal(params, eps, t, condition)
-    loss = jnp.mean(_distance(objective, y_t, target))
-    return _with_boundary(
-        loss,
-        params,
-        teacher_params,
-        eps,
-        condition,
-        signal,
-        denoise,
-        schedule,
-        objective,
-    )
-
-
-#: The losses by ``objective.kind``; all of one signature.
-LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
-
-
-def _distance(objective: Objective, images: Array, targets: Array) -> Array:
+def adaptive_distance(objective: Objective, images: Array, targets: Array) -> Array:
     """The distance of each image, ``[B]``, under the adaptive weights of eq. (6)."""
     distance = objective.distance(images, targets)
     if objective.adaptive_power == 0:
@@ -307,13 +149,7 @@ def _distance(objective: Objective, images: Array, targets: Array) -> Array:
     return distance / size**objective.adaptive_power
 
 
-def _close(
-    denoise: Denoiser, teacher_params: Any, condition: Any
-) -> Callable[[Array, Array], Array]:
-    return lambda x_t, t: denoise(teacher_params, x_t, t, condition)
-
-
-def _with_boundary(
+def with_boundary(
     loss: Array,
     params: Any,
     teacher_params: Any,
