@@ -1,0 +1,64 @@
+"""What objectives say they cost, against the calls that are really made."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from boot_jax.objectives import LOSSES, Objective
+from boot_jax.objectives.calls import calls_of
+from boot_jax.schedules import get_schedule
+
+BATCH = 8
+
+
+class Counted:
+    """A network that knows on how many images it was called."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, params: Any, x: Any, t: Any, condition: Any) -> Any:
+        del condition
+        self.images += x.shape[0]
+        return params * x * t[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "options, tangents",
+    [
+        ({"kind": "boot", "solver": "ddim"}, 0),
+        ({"kind": "boot", "solver": "heun", "boundary_share": 0.25}, 0),
+        ({"kind": "boot", "boundary_weight": 0.0}, 0),
+        ({"kind": "boot", "target_network": "ema"}, 0),
+        ({"kind": "continuous"}, 1),
+        ({"kind": "continuous", "derivative": "finite_difference"}, 0),
+        ({"kind": "continuous", "target_network": "ema", "boundary_weight": 0.0}, 1),
+    ],
+)
+def test_calls_are_those_that_are_made(options, tangents):
+    objective, teacher, student = Objective(**options), Counted(), Counted()
+    with jax.disable_jit():
+        LOSSES[objective.kind](
+            jnp.asarray(0.5),
+            jnp.asarray(0.5),
+            jnp.ones((BATCH, 2, 2, 1)),
+            jnp.linspace(0.1, 0.9, BATCH),
+            None,
+            signal=student,
+            denoise=teacher,
+            schedule=get_schedule("cosine"),
+            objective=objective,
+            target_params=jnp.asarray(0.4)
+            if objective.target_network == "ema"
+            else None,
+        )
+    calls = calls_of(objective)
+    assert calls.teacher * BATCH == teacher.images
+    assert calls.student * BATCH == student.images + tangents * BATCH
+    assert calls.images == 0
+    assert calls.total == calls.teacher + calls.student
+    guided = calls_of(objective, guided=True)
+    assert guided.teacher == 2 * calls.teacher
+    assert guided.student == calls.student
