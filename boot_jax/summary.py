@@ -106,8 +106,10 @@ def save_animation(path: pathlib.Path, images: np.ndarray, seconds: float = 4) -
 
 
 def training_seconds(directory: pathlib.Path) -> float:
-    """What a training took in all its sessions, out of its ``metrics.jsonl``."""
-    return sum(row.get("seconds", 0.0) for row in read_metrics(directory))
+    """What a training took in all its stages and sessions, by ``metrics.jsonl``."""
+    folders = [directory, *(directory / "stages").glob("*")]
+    rows = (row for folder in folders for row in read_metrics(folder))
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 def write(
@@ -181,10 +183,10 @@ def _figures(
         results["features"],
         f"{results['distance_name']} (lower is better)",
     )
-    curve = results["error_over_time"]
-    figures["error of the student over target time"] = plots.error_over_time(
-        curve["times"], {"student": curve["student"]}
-    )
+    if curve := results.get("error_over_time"):
+        figures["error of the student over target time"] = plots.error_over_time(
+            curve["times"], {"student": curve["student"]}
+        )
     for name, folder in (("student", workdir), ("teacher", workdir / "teacher")):
         if metrics := read_metrics(folder):
             rows_with_loss = [row for row in metrics if "loss" in row]

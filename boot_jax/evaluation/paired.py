@@ -207,8 +207,9 @@ def compare(
             },
         },
     }
-    progress("error over target time")
-    results["error_over_time"] = error_over_time(pair, options, mesh)
+    if pair.objective.has_target_time:
+        progress("error over target time")
+        results["error_over_time"] = error_over_time(pair, options, mesh)
     results |= _equivalent(results)
     results["features"], results["num_images"] = features.name, options["num_images"]
     results["distance_name"] = features.distance_name
