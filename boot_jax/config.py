@@ -159,13 +159,17 @@ def default_config() -> Any:
     )
     config.student = ml_collections.ConfigDict(
         {
-            "time_conditioning": "added",  # added | reused (the teacher's time input)
+            # auto (added, or where the kind has no target time noise_level) |
+            # added | reused (the teacher's time input) | noise_level
+            "time_conditioning": "auto",
             "num_half_waves": 2,  # of the target-time embedding
         }
     )
     config.objective = ml_collections.ConfigDict(
         {
-            "kind": "boot",  # boot | continuous
+            # boot | continuous | pid | direct | progressive | consistency; the last
+            # two learn from real images
+            "kind": "boot",
             "t_min": 0.01,
             "t_max": 1.0,
             "delta": 0.04,
@@ -175,9 +179,14 @@ def default_config() -> Any:
             "boundary_share": 1.0,  # of the batch
             "target_network": "online",  # online | ema
             "time_order": "uniform",  # uniform | progressive
-            "derivative": "jvp",  # jvp | finite_difference, for continuous
+            "derivative": "jvp",  # jvp | finite_difference, for continuous and pid
             "adaptive_power": 0.0,  # 1 bounds every image's pull on the student
             "adaptive_offset": 0.01,
+            # direct: of the samples; progressive: of its first teacher, a power of two;
+            # consistency: between the points
+            "teacher_steps": 16,
+            "grid_power": 1.0,  # of their times; above 1 crowds them at the end
+            "stored_samples": 0,  # direct: made once, before; 0: new ones in each step
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)

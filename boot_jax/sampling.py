@@ -27,11 +27,22 @@ from boot_jax.teachers.base import Decoder
 #: ``generate(eps [B, H, W, C], condition) -> images [B, H, W, C]``.
 Generator = Callable[[Array, Any], Array]
 
+# Of the noises of a stored set; no step of a run has this number.
+_STORED_STREAM = 2**31 + 1
+
 
 def image_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
     """Starting noise ``[len(indices), *sample_shape]``, one key per image."""
-    key = jax.random.key(seed)
+    return _noise(jax.random.key(seed), indices, sample_shape)
 
+
+def stored_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
+    """The same for images to learn from; that of no seed's images is among it."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return _noise(jax.random.fold_in(key, _STORED_STREAM), indices, sample_shape)
+
+
+def _noise(key: Array, indices: Any, sample_shape: tuple[int, ...]) -> Array:
     def one(index: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(key, index), sample_shape)
 

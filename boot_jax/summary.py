@@ -106,9 +106,12 @@ def save_animation(path: pathlib.Path, images: np.ndarray, seconds: float = 4) -
 
 
 def training_seconds(directory: pathlib.Path) -> float:
-    """What a training took in all its stages and sessions, by ``metrics.jsonl``."""
+    """What a training took in all its stages and sessions, with its stored samples."""
     folders = [directory, *(directory / "stages").glob("*")]
-    rows = (row for folder in folders for row in read_metrics(folder))
+    rows = [row for folder in folders for row in read_metrics(folder)]
+    stored = directory / "stored_samples" / "meta.json"
+    if stored.exists():
+        rows.append(json.loads(stored.read_text()))
     return sum(row.get("seconds", 0.0) for row in rows)
 
 

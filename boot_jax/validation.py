@@ -18,6 +18,7 @@ from boot_jax.config import (
     unknown,
 )
 from boot_jax.models.layers import REMAT_POLICIES
+from boot_jax.objectives import Objective
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.prompts.embeddings import DTYPES
 from boot_jax.student import TIME_CONDITIONINGS, check_conversion
@@ -37,7 +38,7 @@ _CHOICES = {
     "network.attention": ATTENTION,
     "prompts.embeddings": ("none", *DTYPES),
     "teacher.param_dtype": ("float32", "bfloat16"),
-    "student.time_conditioning": TIME_CONDITIONINGS,
+    "student.time_conditioning": ("auto", *TIME_CONDITIONINGS),
     "distill.decay": LEARNING_RATE_DECAYS,
 }
 
@@ -181,10 +182,35 @@ def _check_attention(config: Any) -> None:
             "network.dtype='bfloat16', or network.attention='auto'"
         )
     objective = config.objective
-    if objective.kind == "continuous" and objective.derivative == "jvp":
+    if objective.kind in ("continuous", "pid") and objective.derivative == "jvp":
         raise ConfigError(
             "network.attention is 'cudnn', which has no jvp: set "
             "objective.derivative='finite_difference' or network.attention='xla'"
+        )
+
+
+def _check_kind(config: Any, objective: Objective) -> None:
+    """Refuses what does not go with the objective's kind."""
+    kind, told = objective.kind, config.student.time_conditioning
+    if told != "auto" and (told != "noise_level") != objective.has_target_time:
+        fitting = (
+            "'added' or 'reused'" if objective.has_target_time else "'noise_level'"
+        )
+        raise ConfigError(
+            f"student.time_conditioning is {told!r}, but objective.kind {kind!r} needs "
+            f"{fitting}; 'auto' chooses it"
+        )
+    exact = config.teacher.source == "mixture"
+    if objective.needs_images and not config.data.name and not exact:
+        raise ConfigError(
+            f"objective.kind {kind!r} needs real images: set data.name; boot, "
+            "continuous, pid and direct do not"
+        )
+    if config.distill.num_steps < objective.num_stages:
+        raise ConfigError(
+            f"distill.num_steps is {config.distill.num_steps}, but must be at least "
+            f"{objective.num_stages}, the stages of objective.teacher_steps = "
+            f"{objective.teacher_steps}"
         )
 
 
@@ -205,6 +231,7 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
+    _check_kind(config, objective)
     if config.teacher.source in ("train", "checkpoint"):
         try:
             check_conversion(config.teacher.prediction_type, schedule, objective.t_max)

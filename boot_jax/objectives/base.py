@@ -164,6 +164,11 @@ class Objective:
         return self.kind in IMAGE_KINDS
 
     @property
+    def reads_stored(self) -> bool:
+        """Whether the teacher's samples are made once, before the training."""
+        return self.kind == "direct" and self.stored_samples > 0
+
+    @property
     def has_boundary(self) -> bool:
         """Whether there is a boundary loss."""
         return self.has_target_time and self.boundary_weight > 0

@@ -51,7 +51,7 @@ def calls_of(objective: Objective, guided: bool = False) -> Calls:
             1,
         ),
         "pid": (2, 1),
-        "direct": (1, 0 if objective.stored_samples else sampling_calls(objective)),
+        "direct": (1, 0 if objective.reads_stored else sampling_calls(objective)),
         "progressive": (1, 2),
         "consistency": (2, a_step),
     }[objective.kind]
@@ -70,5 +70,5 @@ def sampling_calls(objective: Objective) -> int:
 
 def calls_before(objective: Objective, guided: bool = False) -> int:
     """The teacher's evaluations before the first step: those of a stored set."""
-    stored = objective.stored_samples if objective.kind == "direct" else 0
+    stored = objective.stored_samples if objective.reads_stored else 0
     return stored * sampling_calls(objective) * (2 if guided else 1)
