@@ -1,5 +1,8 @@
 """Direct distillation against the teacher's sampler, written out."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,6 @@ from small_students import (
     MEAN,
     PARAMS,
     SCALE,
-    SHAPE,
     as_params,
     bound,
     gaussian,
@@ -73,7 +75,7 @@ def test_known_targets_take_the_teachers_place():
     def never(*args):
         raise AssertionError("the teacher was called")
 
-    loss = bound("direct", mixture(), {"denoise": never} and {})
+    loss = bound("direct", dataclasses.replace(mixture(), denoise=never))
     value = loss(as_params(PARAMS), t=T_MIN, targets=jnp.asarray(target))[0]
     expected = ((signal(PARAMS, EPS, T_MIN) - target) ** 2).mean()
     np.testing.assert_allclose(value, expected, rtol=1e-10)
@@ -94,7 +96,7 @@ def factor(steps):
     """Of ``eps`` in the samples of the single Gaussian by DDIM: ``m + factor eps``."""
     product = 1.0
     times = np.linspace(1, 0, steps + 1)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = levels([t]), levels([s])
         gain = alpha_t * SCALE**2 / spread([t]) ** 2
         product = product * (alpha_s * gain + sigma_s / sigma_t * (1 - alpha_t * gain))

@@ -357,7 +357,7 @@ def test_progressive_times_move_down():
         ({"grid_power": 0.0}, "grid_power 0.0 .* at least 1, positive, and at least 0"),
         (
             {"stored_samples": -1},
-            "stored_samples -1; at least 1, positive, and at least",
+            "stored_samples -1; at least 1, positive, and",
         ),
         (
             {"kind": "progressive", "teacher_steps": 12},

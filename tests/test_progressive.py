@@ -11,7 +11,6 @@ from small_students import (
     PARAMS,
     as_params,
     bound,
-    column,
     ddim,
     denoise,
     levels,
@@ -108,7 +107,7 @@ def test_times_are_the_points_of_the_students_grid(steps, power):
     nearest = np.abs(t.ravel()[:, None] - points).argmin(1)
     np.testing.assert_allclose(t.ravel(), points[nearest], rtol=1e-5)
     counts = np.bincount(nearest, minlength=len(points))
-    np.testing.assert_allclose(counts, t.size / len(points), rtol=0.05)
+    np.testing.assert_allclose(counts, t.size / len(points), rtol=0.1)
 
 
 def test_the_last_stage_knows_the_noise_alone():
@@ -124,4 +123,3 @@ def test_the_last_stage_knows_the_noise_alone():
     end = teach(x_half, half)
     expected = ((denoise(PARAMS, EPS, ones) - end) ** 2).mean()
     np.testing.assert_allclose(values, [expected, expected], rtol=1e-6)
-    assert column(ones).shape == (BATCH, 1, 1, 1)

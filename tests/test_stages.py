@@ -35,6 +35,18 @@ def run_of(folder: pathlib.Path, kind: str = "progressive") -> Run:
     return Run(config, folder, create_mesh())
 
 
+def watched(run: Run) -> list[stages.Stage]:
+    """The stages that a run takes, none of them trained."""
+    seen = []
+
+    def train_stage(stage):
+        seen.append(stage)
+        return Trained({})
+
+    stages.run_stages(run, train_stage)
+    return seen
+
+
 @pytest.mark.parametrize("num_steps, count", [(5000, 4), (11, 3), (7, 7), (9, 1)])
 def test_stages_share_the_steps(num_steps, count):
     lengths = stage_lengths(num_steps, count)
@@ -80,10 +92,7 @@ def test_a_run_goes_on_in_the_newest_stage_that_has_begun(tmp_path):
         folders = stages.stage_directories(folder, 3)
         for path in folders[:begun]:
             (path / "checkpoints").mkdir(parents=True)
-        seen = []
-        stages.run_stages(
-            run_of(folder), lambda stage: seen.append(stage) or Trained({})
-        )
+        seen = watched(run_of(folder))
         assert [folders.index(stage.directory) + 1 for stage in seen] == expected
         # Those that another has begun from are read, and not trained further.
         lengths = [stage.training.num_steps for stage in seen]
@@ -95,9 +104,8 @@ def test_a_run_goes_on_in_the_newest_stage_that_has_begun(tmp_path):
 
 
 def test_other_kinds_have_one_stage(tmp_path):
-    run, seen = run_of(tmp_path, "continuous"), []
-    stages.run_stages(run, lambda stage: seen.append(stage) or Trained({}))
-    (stage,) = seen
+    run = run_of(tmp_path, "continuous")
+    (stage,) = watched(run)
     assert stage.directory == tmp_path and stage.is_last and stage.name == "student"
     assert stage.objective == run.objective
     assert stage.training.to_dict() == run.config.distill.to_dict()

@@ -118,7 +118,7 @@ def test_another_set_is_refused_in_one_line(tmp_path, fields, named):
 def test_a_damaged_set_is_refused(tmp_path, name):
     stored.open_stored(run_of(tmp_path))
     (tmp_path / "stored_samples" / name).write_text("{")
-    with pytest.raises(WorkdirError, match="is damaged.*delete.* makes it anew"):
+    with pytest.raises(WorkdirError, match=r"is damaged.*delete.* makes it anew"):
         stored.open_stored(run_of(tmp_path))
 
 

@@ -17,7 +17,7 @@ student's denoiser ``D`` from ``t`` to ``t_min = r``, which is of that form:
 
     G(x, t) = (sigma_r / sigma_t) x + (alpha_r - alpha_t sigma_r / sigma_t) D(x, t)  (2)
 
-(the choice of consistency trajectory models, Kim et al., arXiv 2310.02279, eq. 9). It
+(the form of consistency trajectory models, Kim et al., arXiv 2310.02279). The condition
 holds exactly, in floating point too, for any network, schedule and prediction type; a
 student started from its teacher starts as the teacher's one DDIM step; and the signal
 of ``G`` at ``t_max``, where ``alpha = 0``, is ``D`` itself: what a student without a
@@ -56,6 +56,9 @@ def consistency_function(
         end = jnp.full_like(t, t_min)
         ratio = schedule.sigma(end) / schedule.sigma(t)
         gain = schedule.alpha(end) - ratio * schedule.alpha(t)
+        # What a compiler knows of a constant it may round otherwise than a variable.
+        is_end = t <= end
+        ratio, gain = jnp.where(is_end, 1.0, ratio), jnp.where(is_end, 0.0, gain)
         x_0 = denoise(params, x_t, t, condition)
         return expand(ratio, x_t) * x_t + expand(gain, x_0) * x_0
 
