@@ -121,4 +121,3 @@ def test_its_time_is_that_of_the_one_step_sample():
     objective = Objective(kind="direct", t_min=0.02)
     t = draw_times(objective, jax.random.key(0), 5)
     np.testing.assert_allclose(t, np.full(5, 0.02), rtol=1e-6)
-    assert EPS.shape[1:] == SHAPE
