@@ -4,6 +4,7 @@ teacher   train the teacher, where the config says so
 distill   train the student
 sample    images from the student
 evaluate  compare both, and write the report
+compare   train and score several methods, and write a table of them
 export    the student for PyTorch diffusers, for jax alone, and as plain weights
 all       whatever of the first two is missing, then evaluate (the default)
 """
@@ -163,6 +164,10 @@ def execute(
         return f"samples: {gallery.sample(run)}"
     if mode == "export":
         return f"export: {export(run)}"
+    if mode == "compare":
+        from boot_jax import comparing  # it stands on this floor, and imports this
+
+        return f"comparison: {comparing.compare(run)}"
     if mode in ("all", "distill"):
         distill(run)
     if mode == "distill":

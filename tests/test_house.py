@@ -21,7 +21,8 @@ FLOORS = {
     3: "config validation sharding distributed interruption data shapes batches "
     "prompts workdir training",
     4: "sampling evaluation summary export",
-    5: "main pipeline run inspection teaching prompted trained gallery judging",
+    5: "main pipeline run inspection teaching prompted trained gallery judging "
+    "comparing",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()

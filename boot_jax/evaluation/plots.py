@@ -20,6 +20,9 @@ from boot_jax.evaluation.metrics import equivalent_steps
 TEACHER_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
+# Where there are more lines than colours; and of the teacher's.
+_MARKERS, _DASHES = ("o", "s", "^"), ("--", ":", "-.", (0, (1, 4)))
+
 # Height of an image in a grid, in pixels, at which a person can read a digit.
 LEGIBLE_SIZE = 64
 
@@ -231,6 +234,84 @@ def loss_curve(
         _plain_log_axis(axes)
         axes.legend(frameon=False)
     return _render(figure)
+
+
+#: Of a method: its budgets, the distance at each, and the intervals' ends.
+Curve = tuple[Sequence[float], Sequence[float], Sequence[Sequence[float] | None]]
+
+
+def quality_against_budget(
+    methods: Mapping[str, Curve],
+    teacher: Mapping[str, float],
+    budget: str,
+    feature_name: str,
+    ylabel: str = "Fréchet distance (lower is better)",
+) -> bytes:
+    """Each method's distance at each budget; the teacher's samplers as lines.
+
+    Methods that all had a single budget stand one below the other, by name.
+
+    Args:
+      methods: label -> its curve.
+      teacher: label -> the distance of a sampler of many steps.
+      budget: what the budget is.
+      feature_name: the features that the distances were taken in.
+      ylabel: what the distance is.
+    """
+    if all(len(budgets) == 1 for budgets, _, _ in methods.values()):
+        return _quality_of_methods(methods, teacher, feature_name, ylabel)
+    figure, axes = _axes(f"Quality against budget — {feature_name}", budget, ylabel)
+    axes.set_xscale("log")
+    for i, (label, (budgets, distances, intervals)) in enumerate(methods.items()):
+        axes.errorbar(
+            budgets,
+            distances,
+            yerr=_reach(distances, intervals),
+            color=COLOURS[i % len(COLOURS)],
+            marker=_MARKERS[i // len(COLOURS) % len(_MARKERS)],
+            capsize=3,
+            label=label,
+        )
+    for i, (label, distance) in enumerate(teacher.items()):
+        style = _DASHES[i % len(_DASHES)]
+        axes.axhline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
+    _plain_log_axis(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _render(figure)
+
+
+def _quality_of_methods(
+    methods: Mapping[str, Curve],
+    teacher: Mapping[str, float],
+    feature_name: str,
+    xlabel: str,
+) -> bytes:
+    height = 1.6 + 0.3 * (len(methods) + len(teacher) / 2)
+    figure = Figure(figsize=(7.0, height), dpi=144, layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, f"Quality at one budget — {feature_name}", xlabel, "")
+    for place, (_, distances, intervals) in enumerate(methods.values()):
+        reach = _reach(distances, intervals)
+        colour = COLOURS[place % len(COLOURS)]
+        axes.errorbar(distances, [place], xerr=reach, color=colour, fmt="o", capsize=3)
+    for i, (label, distance) in enumerate(teacher.items()):
+        style = _DASHES[i % len(_DASHES)]
+        axes.axvline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.invert_yaxis()
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+    )
+    return _render(figure)
+
+
+def _reach(
+    values: Sequence[float], intervals: Sequence[Sequence[float] | None]
+) -> NDArray[np.float64]:
+    """How far intervals reach below and above their values, ``[2, n]``."""
+    ends = [(v, v) if i is None else i for v, i in zip(values, intervals, strict=True)]
+    low, high = np.asarray(ends, np.float64).T
+    return np.maximum([values - low, high - np.asarray(values)], 0.0)
 
 
 def map_scatter(noise: ArrayLike, exact: ArrayLike, student: ArrayLike) -> bytes:

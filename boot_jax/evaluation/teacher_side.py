@@ -18,6 +18,7 @@ import numpy as np
 from boot_jax.evaluation.features import FeatureExtractor
 from boot_jax.evaluation.over_time import ExactSignals
 from boot_jax.evaluation.reference import Measured, read_reference, write_reference
+from boot_jax.workdir import write_text
 
 _FIGURES, _ODE, _TARGETS = "teacher.json", "ode.npz", "targets.npy"
 _SIGNALS, _SHOWN = "signals.npz", "shown.npz"
@@ -65,6 +66,10 @@ class Targets:
         """Keeps the samples of some images."""
         self._array[indices] = samples
 
+    def flush(self) -> None:
+        """Writes to the disk what is still in memory."""
+        self._array.flush()
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         """The samples of some images."""
         return np.array(self._array[indices])
@@ -90,10 +95,7 @@ def write_teacher_side(
         "spread": side.spread,
         "provenance": provenance,
     }
-    path = folder / _FIGURES
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    write_text(folder / _FIGURES, json.dumps(told, indent=2, allow_nan=False) + "\n")
 
 
 def has_teacher_side(folder: Path) -> bool:
