@@ -161,6 +161,7 @@ def default_config() -> Any:
         {
             "time_conditioning": "added",  # added | reused (the teacher's time input)
             "num_half_waves": 2,  # of the target-time embedding
+            "output": "signal",  # signal | noisy_image (to show why not)
         }
     )
     config.objective = ml_collections.ConfigDict(
@@ -170,7 +171,7 @@ def default_config() -> Any:
             "t_max": 1.0,
             "delta": 0.04,
             "solver": "heun",  # ddim | heun: the teacher's step in the target
-            "weighting": "x0",  # x0 | dt | uniform
+            "weighting": "x0",  # x0 | dt | uniform | noisy_image
             "boundary_weight": 1.0,
             "boundary_share": 1.0,  # of the batch
             "target_network": "online",  # online | ema

@@ -107,6 +107,11 @@ def evaluate(run: Run) -> pathlib.Path:
 
 def export(run: Run) -> pathlib.Path:
     """Writes the student in forms that others can run; gives the folder."""
+    if run.config.student.output != "signal":
+        raise ExportError(
+            f"student.output is {run.config.student.output!r}, but only students whose "
+            "output is the signal can be exported"
+        )
     pair, results = trained_pair(run), run.workdir / "results.json"
     finished = FinishedStudent(
         student=run.student,

@@ -178,6 +178,7 @@ class Run:
             t_max=self.objective.t_max,
             network=network,
             time_conditioning=self.config.student.time_conditioning,
+            output=self.config.student.output,
             guidance_range=self.guidance_range,
             num_half_waves=self.config.student.num_half_waves,
         )

@@ -20,7 +20,7 @@ from boot_jax.config import (
 from boot_jax.models.layers import REMAT_POLICIES
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.prompts.embeddings import DTYPES
-from boot_jax.student import TIME_CONDITIONINGS, check_conversion
+from boot_jax.student import OUTPUTS, TIME_CONDITIONINGS, check_conversion
 from boot_jax.training.state import LEARNING_RATE_DECAYS
 
 #: What computes attention: JAX's choice, or one of its implementations.
@@ -38,6 +38,7 @@ _CHOICES = {
     "prompts.embeddings": ("none", *DTYPES),
     "teacher.param_dtype": ("float32", "bfloat16"),
     "student.time_conditioning": TIME_CONDITIONINGS,
+    "student.output": OUTPUTS,
     "distill.decay": LEARNING_RATE_DECAYS,
 }
 
@@ -205,9 +206,13 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
-    if config.teacher.source in ("train", "checkpoint"):
+    # A mixture's student predicts v; those of diffusers are checked once they are read.
+    predictions = dict.fromkeys(("train", "checkpoint"), config.teacher.prediction_type)
+    predictions["mixture"] = "v_prediction"
+    if config.teacher.source in predictions:
+        prediction, output = predictions[config.teacher.source], config.student.output
         try:
-            check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
+            check_conversion(prediction, schedule, objective.t_max, output)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))

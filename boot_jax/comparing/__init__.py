@@ -163,7 +163,10 @@ def _plot(comparison: dict[str, Any]) -> bytes:
             found.setdefault(method["method"], []).append(point)
     ddim = comparison["teacher"]["ddim"]
     steps = sorted(map(int, ddim))[-_MOST_LINES:]
-    lines = {f"teacher, {n} DDIM steps": ddim[str(n)][name] for n in steps}
+    lines = {
+        f"teacher, {n} DDIM step{'' if n == 1 else 's'}": ddim[str(n)][name]
+        for n in steps
+    }
     ode = comparison["teacher"]["ode"]
     return plots.quality_against_budget(
         {

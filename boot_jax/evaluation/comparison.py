@@ -153,7 +153,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
                 ),
                 f"{method['steps']:,}",
                 *(_count(calls[name]) for name in ("teacher", "student", "images")),
-                f"{method['seconds']:.0f}",
+                f"{method['seconds']:.3g}",
                 _bytes(method["memory"]["bytes"]),
                 "yes" if method["needs_data"] else "no",
             ]
@@ -217,7 +217,7 @@ def _count(value: float) -> str:
 
 
 def _bytes(value: float | None) -> str:
-    return EN_DASH if value is None else f"{value / 1e6:,.0f} MB"
+    return EN_DASH if value is None else f"{value / 1e6:.3g} MB"
 
 
 def _notes(comparison: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -276,6 +276,13 @@ def quality_against_budget(
         style = _DASHES[i % len(_DASHES)]
         axes.axhline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
     _plain_log_axis(axes)
+    # Budgets that differ by rounding alone share a tick.
+    ticks = {
+        float(f"{x:.2g}"): x for budgets, _, _ in methods.values() for x in budgets
+    }
+    axes.set_xticks(list(ticks.values()))
+    axes.xaxis.set_major_formatter(EngFormatter(places=2))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _render(figure)
 

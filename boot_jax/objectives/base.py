@@ -24,7 +24,7 @@ Signal = Callable[[Any, Array, Array, Any], Array]
 Distance = Callable[[Array, Array], Array]
 
 KINDS = ("boot", "continuous")
-WEIGHTINGS = ("x0", "dt", "uniform")
+WEIGHTINGS = ("x0", "dt", "uniform", "noisy_image")
 TARGET_NETWORKS = ("online", "ema")
 TIME_ORDERS = ("uniform", "progressive")
 DERIVATIVES = ("jvp", "finite_difference")
@@ -45,7 +45,8 @@ class Objective:
       t_max: the time of the starting noise.
       delta: the bootstrap's step in ``t``; also that of a finite difference.
       solver: the teacher's step in the target, ``ddim`` or ``heun``.
-      weighting: ``x0``, ``dt`` or ``uniform``: see the module's docstring.
+      weighting: ``x0``, ``dt``, ``uniform`` or ``noisy_image``: see the module's
+        docstring.
       boundary_weight: ``beta`` of eq. (4); 0 turns the boundary loss off.
       boundary_share: the share of the batch that the boundary loss is taken on.
       target_network: whose signal makes the target, ``online`` or ``ema``.
