@@ -206,13 +206,14 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
-    # A mixture's student predicts v; those of diffusers are checked once they are read.
-    predictions = dict.fromkeys(("train", "checkpoint"), config.teacher.prediction_type)
-    predictions["mixture"] = "v_prediction"
-    if config.teacher.source in predictions:
-        prediction, output = predictions[config.teacher.source], config.student.output
+    if config.teacher.source in ("train", "checkpoint", "mixture"):
+        prediction = config.teacher.prediction_type
+        if config.teacher.source == "mixture":
+            prediction = "v_prediction"  # of its student, which has a new network
         try:
-            check_conversion(prediction, schedule, objective.t_max, output)
+            check_conversion(
+                prediction, schedule, objective.t_max, config.student.output
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
     means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))

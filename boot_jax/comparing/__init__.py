@@ -151,7 +151,7 @@ def _rows(run: Run, side: TeacherSide, done: list[Cell]) -> dict[str, np.ndarray
 
 def _plot(comparison: dict[str, Any]) -> bytes:
     by, name = comparison["budget"]["by"], "frechet_distance"
-    found: dict[str, list[tuple[float, float, Any]]] = {}
+    found: dict[str, plots.Curve] = {}
     for method in comparison["methods"]:
         if figure := method["figures"].get(name):
             spent = {
@@ -159,8 +159,10 @@ def _plot(comparison: dict[str, Any]) -> bytes:
                 "seconds": method["seconds"],
                 "steps": method["steps"],
             }[by]
-            point = (spent, figure["mean"], figure["interval"])
-            found.setdefault(method["method"], []).append(point)
+            curve = found.setdefault(method["method"], plots.Curve([], [], []))
+            curve.budgets.append(spent)
+            curve.distances.append(figure["mean"])
+            curve.intervals.append(figure["interval"])
     ddim = comparison["teacher"]["ddim"]
     steps = sorted(map(int, ddim))[-_MOST_LINES:]
     lines = {
@@ -169,10 +171,7 @@ def _plot(comparison: dict[str, Any]) -> bytes:
     }
     ode = comparison["teacher"]["ode"]
     return plots.quality_against_budget(
-        {
-            label: tuple(zip(*sorted(points), strict=True))
-            for label, points in found.items()
-        },
+        found,
         lines | {f"teacher, {ode['name']}": ode[name]},
         _BUDGETS[by],
         comparison["features"],

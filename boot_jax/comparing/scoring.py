@@ -58,7 +58,7 @@ class Scorer:
         reader = dataclasses.replace(base, loaded_teacher=base.teacher)
         pair = pair_of(reader, None)
         self.judge = judging.judge_of(reader, pair, progress)
-        tokens = b"" if pair.tokens is None else np.ascontiguousarray(pair.tokens)
+        tokens = b"" if pair.tokens is None else pair.tokens.tobytes()
         self._about = {
             "format": _FORMAT,
             "teacher": base.teacher.fingerprint(),

@@ -7,6 +7,7 @@ Ito, which colour-blind readers can tell apart.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -236,8 +237,18 @@ def loss_curve(
     return _render(figure)
 
 
-#: Of a method: its budgets, the distance at each, and the intervals' ends.
-Curve = tuple[Sequence[float], Sequence[float], Sequence[Sequence[float] | None]]
+class Curve(NamedTuple):
+    """Of a method.
+
+    Attributes:
+      budgets: rising.
+      distances: at each of them.
+      intervals: the ends of each distance's interval; None for none.
+    """
+
+    budgets: list[float]
+    distances: list[float]
+    intervals: list[Sequence[float] | None]
 
 
 def quality_against_budget(
@@ -258,15 +269,15 @@ def quality_against_budget(
       feature_name: the features that the distances were taken in.
       ylabel: what the distance is.
     """
-    if all(len(budgets) == 1 for budgets, _, _ in methods.values()):
+    if all(len(curve.budgets) == 1 for curve in methods.values()):
         return _quality_of_methods(methods, teacher, feature_name, ylabel)
     figure, axes = _axes(f"Quality against budget — {feature_name}", budget, ylabel)
     axes.set_xscale("log")
-    for i, (label, (budgets, distances, intervals)) in enumerate(methods.items()):
+    for i, (label, curve) in enumerate(methods.items()):
         axes.errorbar(
-            budgets,
-            distances,
-            yerr=_reach(distances, intervals),
+            curve.budgets,
+            curve.distances,
+            yerr=_reach(curve),
             color=COLOURS[i % len(COLOURS)],
             marker=_MARKERS[i // len(COLOURS) % len(_MARKERS)],
             capsize=3,
@@ -277,10 +288,10 @@ def quality_against_budget(
         axes.axhline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
     _plain_log_axis(axes)
     # Budgets that differ by rounding alone share a tick.
-    ticks = {
-        float(f"{x:.2g}"): x for budgets, _, _ in methods.values() for x in budgets
-    }
-    axes.set_xticks(list(ticks.values()))
+    budgets = [budget for curve in methods.values() for budget in curve.budgets]
+    axes.set_xticks(
+        list({float(f"{budget:.2g}"): budget for budget in budgets}.values())
+    )
     axes.xaxis.set_major_formatter(EngFormatter(places=2))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -293,32 +304,35 @@ def _quality_of_methods(
     feature_name: str,
     xlabel: str,
 ) -> bytes:
-    height = 1.6 + 0.3 * (len(methods) + len(teacher) / 2)
-    figure = Figure(figsize=(7.0, height), dpi=144, layout="constrained")
+    figure = Figure(
+        figsize=(8.6, 1.6 + 0.3 * len(methods)), dpi=144, layout="constrained"
+    )
     axes = figure.add_subplot()
     _dress(axes, f"Quality at one budget — {feature_name}", xlabel, "")
-    for place, (_, distances, intervals) in enumerate(methods.values()):
-        reach = _reach(distances, intervals)
-        colour = COLOURS[place % len(COLOURS)]
-        axes.errorbar(distances, [place], xerr=reach, color=colour, fmt="o", capsize=3)
+    for place, curve in enumerate(methods.values()):
+        axes.errorbar(
+            curve.distances,
+            [place],
+            xerr=_reach(curve),
+            color=COLOURS[place % len(COLOURS)],
+            fmt="o",
+            capsize=3,
+        )
     for i, (label, distance) in enumerate(teacher.items()):
         style = _DASHES[i % len(_DASHES)]
         axes.axvline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
     axes.set_yticks(range(len(methods)), list(methods))
     axes.invert_yaxis()
-    axes.legend(
-        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2)
-    )
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _render(figure)
 
 
-def _reach(
-    values: Sequence[float], intervals: Sequence[Sequence[float] | None]
-) -> NDArray[np.float64]:
-    """How far intervals reach below and above their values, ``[2, n]``."""
-    ends = [(v, v) if i is None else i for v, i in zip(values, intervals, strict=True)]
-    low, high = np.asarray(ends, np.float64).T
-    return np.maximum([values - low, high - np.asarray(values)], 0.0)
+def _reach(curve: Curve) -> NDArray[np.float64]:
+    """How far the intervals reach below and above, ``[2, n]``; below not to 0."""
+    values = np.asarray(curve.distances)
+    pairs = zip(curve.distances, curve.intervals, strict=True)
+    low, high = np.asarray([(v, v) if i is None else i for v, i in pairs]).T
+    return np.stack([np.clip(values - low, 0.0, 0.95 * values), high - values])
 
 
 def map_scatter(noise: ArrayLike, exact: ArrayLike, student: ArrayLike) -> bytes:
