@@ -21,11 +21,14 @@ TINY = (
     "--config.teacher.training.num_steps=10",
     "--config.distill.num_steps=10",
     "--config.distill.warmup_steps=2",
-    "--config.run.checkpoint_every=5",
+    "--config.run.checkpoint_every=10",
+    "--config.run.tensorboard=False",
     "--config.run.steps_per_dispatch=5",
     "--config.evaluation.num_images=32",
     "--config.evaluation.num_real=64",
     "--config.evaluation.ode_steps=3",
+    "--config.evaluation.error_times=1",
+    "--config.evaluation.error_images=8",
     "--config.evaluation.ddim_steps=(1,2)",
 )
 VARIANTS = """

@@ -323,7 +323,10 @@ def _quality_of_methods(
         axes.axvline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
     axes.set_yticks(range(len(methods)), list(methods))
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if teacher:
+        axes.legend(
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     return _render(figure)
 
 
