@@ -19,7 +19,7 @@ TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers", "flax_pipeline
 NETWORKS = ("dit", "unet")
 
 #: Sections that do not change what a run computes, so a workdir may go on with others.
-FREE_SECTIONS = ("evaluation", "sample", "run", "mesh")
+FREE_SECTIONS = ("evaluation", "sample", "run", "mesh", "compare")
 
 _SCHEDULE_FIELDS = {
     "cosine": ("shift",),
@@ -163,6 +163,7 @@ def default_config() -> Any:
             # added | reused (the teacher's time input) | noise_level
             "time_conditioning": "auto",
             "num_half_waves": 2,  # of the target-time embedding
+            "output": "signal",  # signal | noisy_image (to show why not)
         }
     )
     config.objective = ml_collections.ConfigDict(
@@ -174,7 +175,7 @@ def default_config() -> Any:
             "t_max": 1.0,
             "delta": 0.04,
             "solver": "heun",  # ddim | heun: the teacher's step in the target
-            "weighting": "x0",  # x0 | dt | uniform
+            "weighting": "x0",  # x0 | dt | uniform | noisy_image
             "boundary_weight": 1.0,
             "boundary_share": 1.0,  # of the batch
             "target_network": "online",  # online | ema
@@ -233,6 +234,18 @@ def default_config() -> Any:
             "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
+        }
+    )
+    config.compare = ml_collections.ConfigDict(  # of --mode=compare
+        {
+            # Names of variants, or of objective.kind; (): all variants.
+            "kinds": (),
+            # A name to settings of its own, ("objective.weighting=uniform", ...).
+            "variants": ml_collections.ConfigDict(),
+            # calls, steps: amounts are times those of the config's own run; seconds
+            "budget": "calls",
+            "amounts": (1.0,),
+            "seeds": (0, 1, 2),
         }
     )
     config.mesh = ml_collections.ConfigDict(

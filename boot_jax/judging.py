@@ -12,7 +12,7 @@ from boot_jax.evaluation import paired
 from boot_jax.evaluation.clip_score import ClipScorer
 from boot_jax.evaluation.features import FeatureExtractor, get_features
 from boot_jax.evaluation.lpips import Lpips
-from boot_jax.evaluation.paired import Judges, Pair
+from boot_jax.evaluation.paired import Judges, Pair, Scoring
 from boot_jax.evaluation.reference import Measured, measure_once, read_reference
 from boot_jax.evaluation.selftest import self_test
 from boot_jax.run import Run
@@ -20,6 +20,53 @@ from boot_jax.teachers.mixture import sample_mixture
 
 # Real images that are read at once.
 _BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """How students of a teacher are scored, and what is to be told of it.
+
+    Attributes:
+      scoring: how.
+      told: more for the results: ``data``, ``judges`` and, if asked for, ``selftest``.
+    """
+
+    scoring: Scoring
+    told: dict[str, Any]
+
+
+def judge_of(run: Run, pair: Pair, progress: Callable[[str], None]) -> Judge:
+    """The judge that a run's config asks for.
+
+    Args:
+      run: whose.
+      pair: of `boot_jax.trained`, for its teacher and its prompts.
+      progress: told what is being done.
+    """
+    options, teacher = run.config.evaluation, run.teacher
+    # Pixels are those of samples, which of a latent teacher are latents.
+    reads_samples = options.features == "pixels"
+    shape = teacher.sample_shape if reads_samples else teacher.image_shape
+    features = get_features(options.features, shape, options, run.mesh)
+    judges, names = _judges(run, pair)
+    progress("reference")
+    real = _reference(run, features)
+    told: dict[str, Any] = {"judges": names}
+    if options.selftest:
+        told["selftest"] = _floor(run, real, progress)
+    if real is None:
+        told["data"] = "the teacher's own ODE samples: the config names no data"
+    else:
+        told["data"] = real.provenance["data"]
+    scoring = Scoring(
+        options=options,
+        features=features,
+        reference=real,
+        mesh=run.mesh,
+        progress=progress,
+        judges=judges,
+    )
+    return Judge(scoring, told)
 
 
 def judge(
@@ -35,26 +82,9 @@ def judge(
     Returns:
       What `boot_jax.evaluation.paired.compare` does, with the data's provenance.
     """
-    options, teacher = run.config.evaluation, run.teacher
-    # Pixels are those of samples, which of a latent teacher are latents.
-    reads_samples = options.features == "pixels"
-    shape = teacher.sample_shape if reads_samples else teacher.image_shape
-    features = get_features(options.features, shape, options, run.mesh)
-    judges, names = _judges(run, pair)
-    progress("reference")
-    real = _reference(run, features)
-    floor = _floor(run, real, progress) if options.selftest else None
-    results, rows = paired.compare(
-        pair, options, features, real, run.mesh, progress, judges
-    )
-    results["judges"] = names
-    if real is None:
-        results["data"] = "the teacher's own ODE samples: the config names no data"
-    else:
-        results["data"] = real.provenance["data"]
-    if floor is not None:
-        results["selftest"] = floor
-    return results, rows
+    judge = judge_of(run, pair, progress)
+    results, rows = paired.compare(pair, judge.scoring)
+    return results | judge.told, rows
 
 
 def _floor(

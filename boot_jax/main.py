@@ -15,10 +15,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run; see configs/
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/ and the config's name if not given."
 )
+_MODES = ["all", "teacher", "distill", "sample", "evaluate", "compare", "export"]
 _MODE = flags.DEFINE_enum(
     "mode",
     "all",
-    ["all", "teacher", "distill", "sample", "evaluate", "export", "inspect"],
+    [*_MODES, "inspect"],
     "What to do; all does whatever is missing, and the report.",
 )
 _CLUSTER = ("distributed", "coordinator_address", "num_processes", "process_id")

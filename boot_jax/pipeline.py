@@ -4,6 +4,7 @@ teacher   train the teacher, where the config says so
 distill   train the student
 sample    images from the student
 evaluate  compare both, and write the report
+compare   train and score several methods, and write a table of them
 export    the student for PyTorch diffusers, for jax alone, and as plain weights
 all       whatever of the first two is missing, then evaluate (the default)
 """
@@ -112,6 +113,11 @@ def evaluate(run: Run) -> pathlib.Path:
 
 def export(run: Run) -> pathlib.Path:
     """Writes the student in forms that others can run; gives the folder."""
+    if run.config.student.output != "signal":
+        raise ExportError(
+            f"student.output is {run.config.student.output!r}, but only students whose "
+            "output is the signal can be exported"
+        )
     pair, results = trained_pair(run), run.workdir / "results.json"
     finished = FinishedStudent(
         student=run.student,
@@ -169,6 +175,10 @@ def execute(
         return f"samples: {gallery.sample(run)}"
     if mode == "export":
         return f"export: {export(run)}"
+    if mode == "compare":
+        from boot_jax import comparing  # it stands on this floor, and imports this
+
+        return f"comparison: {comparing.compare(run)}"
     if mode in ("all", "distill"):
         distill(run)
     if mode == "distill":

@@ -41,12 +41,14 @@ class Run:
       workdir: made, and known to be this config's.
       mesh: over all devices.
       interruption: what may ask the run to stop.
+      loaded_teacher: the teacher, where several runs share one; None to find it.
     """
 
     config: Any
     workdir: pathlib.Path
     mesh: Mesh
     interruption: Interruption = dataclasses.field(default_factory=Interruption)
+    loaded_teacher: Teacher | None = None
 
     @functools.cached_property
     def dataset(self) -> data_lib.Dataset | None:
@@ -86,7 +88,7 @@ class Run:
     @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher; trained first, if it is ours to train and not there yet."""
-        return teaching.teacher_of(self)
+        return self.loaded_teacher or teaching.teacher_of(self)
 
     @functools.cached_property
     def placed_teacher(self) -> Teacher:
@@ -202,6 +204,7 @@ class Run:
             t_max=self.objective.t_max,
             network=network,
             time_conditioning=self._time_conditioning,
+            output=self.config.student.output,
             guidance_range=self.guidance_range,
             num_half_waves=self.config.student.num_half_waves,
         )

@@ -9,6 +9,15 @@ turned into the signal by the teacher's own conversion at ``t_max``. So before t
 The student of an objective without target times is the teacher's network as it is: its
 time input says the noise level of its input. Its signal is its estimate from the
 starting noise, whatever the target time.
+
+**Output.** The paper argues for predicting the signal, not the noisy image. To show
+why, the same output can be read as ``x_t``, the signal then being what is left of it
+without the noise that it started from (`from_noisy_image`):
+
+    y_t = (x_hat_t - sigma_t eps) / alpha_t.                                    (1)
+
+An error of ``x_hat_t`` is one of ``y_t`` times ``1 / alpha_t``: that has no meaning
+where ``alpha_t = 0``, and near there little.
 """
 
 import dataclasses
@@ -28,6 +37,9 @@ from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers.base import Teacher, TeacherError, example_condition
 
 TIME_CONDITIONINGS = ("added", "reused", "noise_level")
+
+#: What a network's output is read as.
+OUTPUTS = ("signal", "noisy_image")
 
 #: Name of the added embedding of the target time.
 TARGET_TIME = "target_time"
@@ -63,6 +75,7 @@ def create_student(
     t_max: float = 1.0,
     network: nn.Module | None = None,
     time_conditioning: str = "added",
+    output: str = "signal",
     guidance_range: tuple[float, float] | None = None,
     **overrides: Any,
 ) -> Student:
@@ -76,6 +89,7 @@ def create_student(
       time_conditioning: ``added`` embeddings, or the teacher's own time input
         ``reused`` for the target time (worse: for comparison); or no target time, the
         time input being that of the ``noise_level``.
+      output: ``signal``, or ``noisy_image`` (worse: for comparison): eq. (1).
       guidance_range: ``(w_min, w_max)``, to condition on
       ``condition["guidance_scale"]``. **overrides: fields of the network to change,
       such as ``dtype`` or ``remat``.
@@ -83,13 +97,15 @@ def create_student(
     Raises:
       TeacherError: there is no network, or its prediction cannot be converted at
         ``t_max``.
-      ValueError: unknown ``time_conditioning``.
+      ValueError: unknown ``time_conditioning`` or ``output``.
     """
     if time_conditioning not in TIME_CONDITIONINGS:
         raise ValueError(
             f"time_conditioning is {time_conditioning!r}; "
             f"choose one of {TIME_CONDITIONINGS}"
         )
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}; choose one of {OUTPUTS}")
     base = teacher.network if network is None else network
     if base is None:
         raise TeacherError(
@@ -99,7 +115,7 @@ def create_student(
     prediction_type = "v_prediction"
     if network is None:
         prediction_type = teacher.prediction_type or prediction_type
-    check_conversion(prediction_type, teacher.schedule, t_max)
+    check_conversion(prediction_type, teacher.schedule, t_max, output)
     names = (TARGET_TIME,) if time_conditioning == "added" else ()
     names += (SCALE_KEY,) if guidance_range is not None else ()
     student_network = base.clone(added_embeddings=names, **overrides)
@@ -108,8 +124,11 @@ def create_student(
         student_network, teacher.schedule, prediction_type, guidance_range
     )
     told_noise_level = time_conditioning == "noise_level"
+    signal = _signal(estimate, teacher.schedule, t_max, time_conditioning)
+    if output == "noisy_image":
+        signal = from_noisy_image(signal, teacher.schedule)
     return Student(
-        signal=_signal(estimate, teacher.schedule, t_max, time_conditioning),
+        signal=signal,
         init=_initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
@@ -118,16 +137,37 @@ def create_student(
     )
 
 
+def from_noisy_image(noisy_image: Signal, schedule: NoiseSchedule) -> Signal:
+    """The signal of a student that gives ``x_hat_t``, eq. (1).
+
+    Args:
+      noisy_image: ``(params, eps, t, condition) -> x_hat_t``.
+      schedule: the teacher's; its ``alpha(t)`` is to be positive at every ``t``.
+    """
+
+    def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
+        x_t = noisy_image(params, eps, t, condition).astype(jnp.float32)
+        noise = expand(schedule.sigma(t), eps) * eps
+        return (x_t - noise) / expand(schedule.alpha(t), x_t)
+
+    return signal
+
+
 def check_conversion(
-    prediction_type: str, schedule: NoiseSchedule, t_max: float
+    prediction_type: str, schedule: NoiseSchedule, t_max: float, output: str = "signal"
 ) -> None:
-    """Refuses an epsilon prediction where ``alpha(t_max)`` is 0: a `TeacherError`."""
+    """Refuses what divides by ``alpha(t_max)`` where that is 0: a `TeacherError`."""
     with jax.ensure_compile_time_eval():  # also while a caller is being traced
         alpha = float(schedule.alpha(jnp.asarray(t_max)))
     if prediction_type == "epsilon" and alpha == 0:
         raise TeacherError(
             f"an epsilon teacher has no estimate at t_max = {t_max}, where alpha is 0; "
             "set objective.t_max a little lower, such as 0.99"
+        )
+    if output == "noisy_image" and alpha == 0:
+        raise TeacherError(
+            f"student.output is 'noisy_image', which has no signal at t_max = {t_max}, "
+            "where alpha is 0; set objective.t_max a little lower, such as t_max=0.98"
         )
 
 

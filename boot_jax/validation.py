@@ -21,7 +21,7 @@ from boot_jax.models.layers import REMAT_POLICIES
 from boot_jax.objectives import Objective
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.prompts.embeddings import DTYPES
-from boot_jax.student import TIME_CONDITIONINGS, check_conversion
+from boot_jax.student import OUTPUTS, TIME_CONDITIONINGS, check_conversion
 from boot_jax.training.state import LEARNING_RATE_DECAYS
 
 #: What computes attention: JAX's choice, or one of its implementations.
@@ -39,6 +39,7 @@ _CHOICES = {
     "prompts.embeddings": ("none", *DTYPES),
     "teacher.param_dtype": ("float32", "bfloat16"),
     "student.time_conditioning": ("auto", *TIME_CONDITIONINGS),
+    "student.output": OUTPUTS,
     "distill.decay": LEARNING_RATE_DECAYS,
 }
 
@@ -232,9 +233,14 @@ def validate(config: Any) -> None:
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
     _check_kind(config, objective)
-    if config.teacher.source in ("train", "checkpoint"):
+    if config.teacher.source in ("train", "checkpoint", "mixture"):
+        prediction = config.teacher.prediction_type
+        if config.teacher.source == "mixture":
+            prediction = "v_prediction"  # of its student, which has a new network
         try:
-            check_conversion(config.teacher.prediction_type, schedule, objective.t_max)
+            check_conversion(
+                prediction, schedule, objective.t_max, config.student.output
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
     means, scales = (len(config.teacher.mixture[name]) for name in ("means", "scales"))

@@ -1,11 +1,14 @@
 """The folder of a run: whose it is, and what is in it."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
 from boot_jax import config as config_lib
 from boot_jax import distributed
+
+_PARTIAL = ".partial"
 
 
 class WorkdirError(ValueError):
@@ -42,7 +45,7 @@ def _open(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
     try:
         if kept.exists():
             _check_owner(folder, kept, config)
-        elif folder.exists() and any(folder.iterdir()) and not config.run.force:
+        elif _is_foreign(folder) and not config.run.force:
             raise WorkdirError(
                 f"{folder} is not empty and not a workdir of boot_jax; choose another "
                 "--workdir"
@@ -54,6 +57,13 @@ def _open(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
             f"cannot write to the workdir {folder} ({error.strerror}); choose another "
             "--workdir"
         ) from error
+
+
+def _is_foreign(folder: pathlib.Path) -> bool:
+    """Whether it holds anything but a config that another process is writing."""
+    if not folder.exists():
+        return False
+    return any(not path.name.endswith(_PARTIAL) for path in folder.iterdir())
 
 
 def _check_owner(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
@@ -76,7 +86,10 @@ def _check_owner(folder: pathlib.Path, kept: pathlib.Path, config: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Writes a file whole or not at all, whoever else writes it at the same time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

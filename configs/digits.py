@@ -26,4 +26,13 @@ def get_config():
     config.distill.learning_rate = 2e-3
     config.distill.num_steps = 5000
     config.run.checkpoint_every = 500
+    config.compare.variants = {  # --mode=compare --config.compare.kinds=continuous,boot
+        "boot": (
+            "objective.kind=boot",
+            "objective.weighting=uniform",
+            "objective.boundary_weight=1.0",
+            "objective.boundary_share=0.25",
+            "objective.adaptive_power=0.0",
+        ),
+    }
     return config

@@ -46,6 +46,8 @@ def test_the_default_is_valid_and_locked():
         ({"network__name": "unett"}, "network.name; did you mean 'unet'"),
         ({"network__dtype": "float16"}, "network.dtype; bfloat16, float32"),
         ({"student__time_conditioning": "add"}, "student.time_conditioning; 'added'"),
+        ({"student__output": "noise"}, "student.output; noisy_image, signal"),
+        ({"student__output": "noisy_image"}, "alpha is 0; such as t_max=0.98"),
         ({"student__num_half_waves": 0}, "student.num_half_waves is 0; positive"),
         ({"teacher__training__num_steps": 0}, "teacher.training.num_steps; positive"),
         ({"teacher__training__batch_size": -8}, "teacher.training.batch_size is -8"),

@@ -22,7 +22,7 @@ FLOORS = {
     "prompts workdir training",
     4: "sampling evaluation summary export",
     5: "main pipeline run inspection teaching prompted trained gallery judging "
-    "stages stored student_batches",
+    "stages stored student_batches comparing",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()

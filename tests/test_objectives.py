@@ -96,11 +96,16 @@ def boundary(params: Any, stride: int = 1) -> float:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
-@pytest.mark.parametrize("weighting", ["x0", "dt", "uniform"])
+@pytest.mark.parametrize("weighting", ["x0", "dt", "uniform", "noisy_image"])
 def test_bootstrap_loss_is_equation_4(weighting, solver):
     delta = 0.06
     target, k, s = frozen_target(PARAMS, solver, delta)
-    weight = {"x0": 1 / k**2, "dt": 1 / delta**2 + 0 * k, "uniform": 1 + 0 * k}
+    weight = {
+        "x0": 1 / k**2,
+        "dt": 1 / delta**2 + 0 * k,
+        "uniform": 1 + 0 * k,
+        "noisy_image": levels(s)[0] ** 2,  # the error of alpha_s y_s + sigma_s eps
+    }
     expected = (weight[weighting] * (student(PARAMS, s) - target) ** 2).mean()
     loss = bound(weighting=weighting, solver=solver, delta=delta, boundary_weight=0.5)
     value, metrics = jax.jit(loss)(PARAMS, TEACHER.params)

@@ -12,7 +12,14 @@ from scipy.integrate import solve_ivp
 from boot_jax.config import default_config
 from boot_jax.evaluation import paired
 from boot_jax.evaluation.features import get_features
+from boot_jax.evaluation.over_time import error_over_time
 from boot_jax.evaluation.reference import measure
+from boot_jax.evaluation.teacher_side import (
+    Targets,
+    has_teacher_side,
+    read_teacher_side,
+    write_teacher_side,
+)
 from boot_jax.objectives import Objective
 from boot_jax.schedules import get_schedule
 from boot_jax.sharding import create_mesh
@@ -61,6 +68,11 @@ def pair_of(signal, params=None, **changes):
     return paired.Pair(**(options | changes))
 
 
+def scoring_of(features, reference, **changes):
+    mine = {"options": OPTIONS, "mesh": create_mesh()} | changes
+    return paired.Scoring(features=features, reference=reference, **mine)
+
+
 @pytest.fixture(scope="module")
 def exact():
     pair = pair_of(exact_signal)
@@ -68,7 +80,7 @@ def exact():
     told, features = [], get_features("pixels", SHAPE)
     reference = measure(np.split(real, 4), features, "the mixture")
     results, rows = paired.compare(
-        pair, OPTIONS, features, reference, create_mesh(), told.append
+        pair, scoring_of(features, reference, progress=told.append)
     )
     return results, rows, told
 
@@ -148,12 +160,9 @@ def test_results_are_json_with_what_the_report_reads(exact):
 
 def test_without_real_images_the_ode_is_the_reference():
     options = OPTIONS | {"num_images": 64, "batch_size": 64, "ddim_steps": (1, 4)}
+    features = get_features("pixels", SHAPE)
     results, _ = paired.compare(
-        pair_of(exact_signal),
-        options,
-        get_features("pixels", SHAPE),
-        None,
-        create_mesh(),
+        pair_of(exact_signal), scoring_of(features, None, options=options)
     )
     ode = results["teacher"]["ode"]
     assert ode["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
@@ -169,10 +178,12 @@ def test_figures_do_not_depend_on_devices_and_batches(exact, devices, batch_size
     changes = {"batch_size": batch_size, "ddim_steps": (1,), "grid_images": 3}
     results, rows = paired.compare(
         pair_of(exact_signal),
-        OPTIONS | changes,
-        features,
-        measure(np.split(real, [7, 900]), features, "the mixture"),
-        mesh_of(devices),
+        scoring_of(
+            features,
+            measure(np.split(real, [7, 900]), features, "the mixture"),
+            options=OPTIONS | changes,
+            mesh=mesh_of(devices),
+        ),
     )
     for name, expected in exact[0]["student"].items():
         found = results["student"][name]
@@ -190,7 +201,7 @@ def test_a_wrong_student_is_measured_as_wrong_as_it_is():
     def shifted(params, eps, t, condition):
         return exact_signal(None, eps, t, condition) + 0.4
 
-    curve = paired.error_over_time(pair_of(shifted), OPTIONS, create_mesh())
+    curve = error_over_time(pair_of(shifted), OPTIONS, create_mesh())
     eps = np.asarray(pair_of(shifted).noise(7)(np.arange(64))).reshape(64, 2)
     ends = exact_signal(
         None,
@@ -218,3 +229,39 @@ def test_student_and_teacher_get_the_same_labels_and_scale():
     sign = np.asarray([1, -1, 1, -1], np.float32).reshape(4, 1, 1, 1)
     expected = sign * MEAN.reshape(1, *SHAPE) + SCALE * np.asarray(eps)
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_teacher_measured_once_scores_students_as_in_one_pass(tmp_path):
+    """On two batches, the last one cut, through the files and back."""
+    real = np.asarray(sample_mixture(pair_of(None).teacher, jax.random.key(0), 300))
+    features = get_features("pixels", SHAPE)
+    reference = measure([real], features, "the mixture")
+    asked = ("precision_recall", "diversity", "kernel_distance")
+    options = OPTIONS | {
+        "num_images": 100,
+        "batch_size": 64,
+        "ddim_steps": (1, 3),
+        "ode_steps": 8,
+        "metrics": asked,
+    }
+    for real_images in (reference, None):
+        scoring = scoring_of(features, real_images, options=options)
+        together, rows = paired.compare(pair_of(exact_signal), scoring)
+        folder = tmp_path / str(real_images is None)
+        folder.mkdir()
+        targets = Targets(folder, (100, *SHAPE))
+        side = paired.measure_teacher(pair_of(None), scoring, targets.write)
+        assert not has_teacher_side(folder)
+        write_teacher_side(folder, side, {"of": "a test"})
+        assert has_teacher_side(folder)
+        side, targets = read_teacher_side(folder, features), Targets(folder)
+        apart, rows_apart = paired.score_student(
+            pair_of(exact_signal), scoring, side, targets.read
+        )
+        for results in (together, apart):
+            for scores in (results["student"], *results["teacher"]["ddim"].values()):
+                assert scores.pop("seconds_per_image") > 0
+        assert apart == together
+        assert list(rows_apart) == list(rows)
+        for name, images in rows.items():
+            np.testing.assert_array_equal(rows_apart[name], images)

@@ -300,3 +300,28 @@ def test_epsilon_without_signal_is_refused(name):
 def test_unknown_time_conditioning_is_refused():
     with pytest.raises(ValueError, match=r"'concat'; choose one of \('added', 'reused"):
         create_student(teacher_of(), time_conditioning="concat")
+
+
+def test_a_noisy_image_is_the_signal_and_the_noise_of_its_time():
+    """alpha_t y_t + sigma_t eps is the network's output again, whatever the time."""
+    teacher = teacher_of()
+    plain = create_student(teacher, t_max=0.98)
+    noisy = create_student(teacher, t_max=0.98, output="noisy_image")
+    params = plain.init(jax.random.key(2))
+    times = np.asarray([0.01, 0.4, 0.98])
+    t = jnp.asarray(times, jnp.float32)
+    output = np.asarray(plain.signal(params, EPS, t, LABEL), np.float64)
+    alpha, sigma = (
+        part(np.pi / 2 * times)[:, None, None, None] for part in (np.cos, np.sin)
+    )
+    expected = (output - sigma * np.asarray(EPS, np.float64)) / alpha
+    actual = jax.jit(noisy.signal)(params, EPS, t, LABEL)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_noisy_image_needs_some_signal_at_t_max():
+    with pytest.raises(TeacherError, match=r"where alpha is 0; .* such as t_max=0\.98"):
+        create_student(teacher_of(), output="noisy_image")
+    with pytest.raises(ValueError, match="output is 'x_t'; choose one of"):
+        create_student(teacher_of(), output="x_t")

@@ -7,11 +7,12 @@ Ito, which colour-blind readers can tell apart.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,6 +20,9 @@ from boot_jax.evaluation.metrics import equivalent_steps
 
 TEACHER_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+
+# Where there are more lines than colours; and of the teacher's.
+_MARKERS, _DASHES = ("o", "s", "^"), ("--", ":", "-.", (0, (1, 4)))
 
 # Height of an image in a grid, in pixels, at which a person can read a digit.
 LEGIBLE_SIZE = 64
@@ -231,6 +235,107 @@ def loss_curve(
         _plain_log_axis(axes)
         axes.legend(frameon=False)
     return _render(figure)
+
+
+class Curve(NamedTuple):
+    """Of a method.
+
+    Attributes:
+      budgets: rising.
+      distances: at each of them.
+      intervals: the ends of each distance's interval; None for none.
+    """
+
+    budgets: list[float]
+    distances: list[float]
+    intervals: list[Sequence[float] | None]
+
+
+def quality_against_budget(
+    methods: Mapping[str, Curve],
+    teacher: Mapping[str, float],
+    budget: str,
+    feature_name: str,
+    ylabel: str = "Fréchet distance (lower is better)",
+) -> bytes:
+    """Each method's distance at each budget; the teacher's samplers as lines.
+
+    Methods that all had a single budget stand one below the other, by name.
+
+    Args:
+      methods: label -> its curve.
+      teacher: label -> the distance of a sampler of many steps.
+      budget: what the budget is.
+      feature_name: the features that the distances were taken in.
+      ylabel: what the distance is.
+    """
+    if all(len(curve.budgets) == 1 for curve in methods.values()):
+        return _quality_of_methods(methods, teacher, feature_name, ylabel)
+    figure, axes = _axes(f"Quality against budget — {feature_name}", budget, ylabel)
+    axes.set_xscale("log")
+    for i, (label, curve) in enumerate(methods.items()):
+        axes.errorbar(
+            curve.budgets,
+            curve.distances,
+            yerr=_reach(curve),
+            color=COLOURS[i % len(COLOURS)],
+            marker=_MARKERS[i // len(COLOURS) % len(_MARKERS)],
+            capsize=3,
+            label=label,
+        )
+    for i, (label, distance) in enumerate(teacher.items()):
+        style = _DASHES[i % len(_DASHES)]
+        axes.axhline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
+    _plain_log_axis(axes)
+    # Budgets that differ by rounding alone share a tick.
+    budgets = [budget for curve in methods.values() for budget in curve.budgets]
+    axes.set_xticks(
+        list({float(f"{budget:.2g}"): budget for budget in budgets}.values())
+    )
+    axes.xaxis.set_major_formatter(EngFormatter(places=2))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _render(figure)
+
+
+def _quality_of_methods(
+    methods: Mapping[str, Curve],
+    teacher: Mapping[str, float],
+    feature_name: str,
+    xlabel: str,
+) -> bytes:
+    figure = Figure(
+        figsize=(8.6, 1.6 + 0.3 * len(methods)), dpi=144, layout="constrained"
+    )
+    axes = figure.add_subplot()
+    _dress(axes, f"Quality at one budget — {feature_name}", xlabel, "")
+    for place, curve in enumerate(methods.values()):
+        axes.errorbar(
+            curve.distances,
+            [place],
+            xerr=_reach(curve),
+            color=COLOURS[place % len(COLOURS)],
+            fmt="o",
+            capsize=3,
+        )
+    for i, (label, distance) in enumerate(teacher.items()):
+        style = _DASHES[i % len(_DASHES)]
+        axes.axvline(distance, color=TEACHER_COLOUR, linestyle=style, label=label)
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.invert_yaxis()
+    if teacher:
+        axes.legend(
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    return _render(figure)
+
+
+def _reach(curve: Curve) -> NDArray[np.float64]:
+    """How far the intervals reach below and above, ``[2, n]``; below not to 0."""
+    values = np.asarray(curve.distances)
+    pairs = zip(curve.distances, curve.intervals, strict=True)
+    low, high = np.asarray([(v, v) if i is None else i for v, i in pairs]).T
+    return np.stack([np.clip(values - low, 0.0, 0.95 * values), high - values])
 
 
 def map_scatter(noise: ArrayLike, exact: ArrayLike, student: ArrayLike) -> bytes:

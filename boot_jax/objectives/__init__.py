@@ -25,7 +25,10 @@ target:
 Divided by ``k``, the difference in L_BS is the one between the *implied image*
 ``y_t + (y_theta(eps, s) - y_t) / k`` and ``f``; with that, any distance between images
 (squared error, LPIPS) serves. The weights ``w`` are then ``1`` for ``x0`` weighting,
-``(k / delta)^2`` for ``dt``, ``k^2`` for ``uniform``, each in terms of that image.
+``(k / delta)^2`` for ``dt``, ``k^2`` for ``uniform``, each in terms of that image. And
+``(alpha_s k)^2`` for ``noisy_image``: that is the squared error of ``x_s`` itself,
+since ``x_s = alpha_s y_s + sigma_s eps`` with the same ``eps`` on either side of L_BS,
+the loss of a student that predicts noisy images.
 
 **Continuous time** (`continuous_loss`). As ``delta`` goes to 0, eq. (2) itself:
 

@@ -28,7 +28,7 @@ KINDS = ("boot", "continuous", "pid", "direct", "progressive", "consistency")
 TARGET_TIME_KINDS = ("boot", "continuous", "pid")
 #: Kinds that learn from real images.
 IMAGE_KINDS = ("progressive", "consistency")
-WEIGHTINGS = ("x0", "dt", "uniform")
+WEIGHTINGS = ("x0", "dt", "uniform", "noisy_image")
 TARGET_NETWORKS = ("online", "ema")
 TIME_ORDERS = ("uniform", "progressive")
 DERIVATIVES = ("jvp", "finite_difference")
@@ -51,7 +51,8 @@ class Objective:
       delta: the bootstrap's step in ``t``; also that of a finite difference.
       solver: the teacher's step in the target, ``ddim`` or ``heun``; ``progressive``
         always takes ``ddim``.
-      weighting: ``x0``, ``dt`` or ``uniform``: see the module's docstring.
+      weighting: ``x0``, ``dt``, ``uniform`` or ``noisy_image``: see the module's
+        docstring.
       boundary_weight: ``beta`` of eq. (4); 0 turns the boundary loss off, which the
         kinds without a target time never have.
       boundary_share: the share of the batch that the boundary loss is taken on.

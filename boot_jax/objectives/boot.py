@@ -58,6 +58,7 @@ def boot_loss(
         "x0": jnp.ones_like(k),
         "dt": (k / objective.delta) ** 2,
         "uniform": k**2,
+        "noisy_image": (schedule.alpha(s) * k) ** 2,
     }[objective.weighting]
     distance = adaptive_distance(objective, implied, stop_gradient(x_0))
     loss = jnp.mean(weight * distance)

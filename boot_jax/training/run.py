@@ -74,6 +74,17 @@ def state_template(
     )
 
 
+def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled program holds on a device while it runs: its arguments, results
+    that do not take their place, and temporaries. None where the backend does not say.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes
+    return kept + found.temp_size_in_bytes - found.alias_size_in_bytes
+
+
 def train(
     directory: pathlib.Path,
     name: str,
@@ -172,6 +183,7 @@ def train(
     with interruption.finishing(checkpoints.wait):
         compiled = train_step.lower(state, frozen, first, key).compile()
         checkpoints.finish(state)  # the first one, if it is not yet on disk
+    record("compiled", memory_bytes=compiled_bytes(compiled))
     logger = logs.Logger(
         directory,
         name,
