@@ -178,6 +178,10 @@ def default_config() -> Any:
             "derivative": "jvp",  # jvp | finite_difference, for continuous
             "adaptive_power": 0.0,  # 1 bounds every image's pull on the student
             "adaptive_offset": 0.01,
+            # (u_min, u_max): part of the batch starts there, on the student's own
+            # trajectories, so that it can be used in a few steps; (): none
+            "start_times": (),
+            "start_share": 0.25,  # of the batch, that part
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)
@@ -223,6 +227,8 @@ def default_config() -> Any:
             "same_noise": False,  # all images from one noise
             "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
+            "steps": 1,  # of the student; more need objective.start_times
+            "renoise": "fresh",  # between steps; or along: to where its ODE leads
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
         }
     )

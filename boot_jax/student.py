@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from boot_jax.guidance import SCALE_KEY, of_student
-from boot_jax.objectives import Signal
+from boot_jax.objectives import Jump, Signal
 from boot_jax.prediction import expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers.base import Teacher, TeacherError, example_condition
@@ -35,6 +35,9 @@ class Student:
 
     Attributes:
       signal: ``(params, eps [B, H, W, C], t [B], condition) -> y_t``.
+      jump: ``(params, x_u, u [B], t [B], condition) -> y_t``: the signal as seen from
+        ``x_u`` (`boot_jax.objectives.starts`), told its time ``u`` as the teacher is;
+        None where the student's target time has taken that input's place.
       init: ``key -> params``, float32; copies of the teacher's weights where it has a
         network, as numpy arrays.
       network: the Linen module behind ``signal``.
@@ -42,6 +45,7 @@ class Student:
     """
 
     signal: Signal
+    jump: Jump | None
     init: Callable[[Array], Any]
     network: nn.Module
     prediction_type: str
@@ -93,10 +97,16 @@ def create_student(
     names += (SCALE_KEY,) if guidance_range is not None else ()
     student_network = base.clone(added_embeddings=names, **overrides)
     inherited = teacher.params if network is None else None
+    jump = _jump(student_network, teacher.schedule, prediction_type, guidance_range)
+
+    def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
+        start = jnp.full(t.shape, t_max, t.dtype)
+        x_t = expand(teacher.schedule.prior_scale(start), eps) * eps
+        return jump(params, x_t, start, t, condition)
+
     return Student(
-        signal=_signal(
-            student_network, teacher.schedule, prediction_type, t_max, guidance_range
-        ),
+        signal=signal,
+        jump=jump if TARGET_TIME in names else None,
         init=_initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
@@ -116,38 +126,36 @@ def check_conversion(
         )
 
 
-def _signal(
+def _jump(
     network: nn.Module,
     schedule: NoiseSchedule,
     prediction_type: str,
-    t_max: float,
     guidance_range: tuple[float, float] | None,
-) -> Signal:
+) -> Jump:
     names: tuple[str, ...] = network.added_embeddings  # type: ignore[attr-defined]
 
-    def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
-        start = jnp.full(t.shape, t_max, t.dtype)
-        own_time = start if TARGET_TIME in names else t
+    def jump(params: Any, x_u: Array, u: Array, t: Array, condition: Any) -> Array:
+        own_time = u if TARGET_TIME in names else t
         added = {TARGET_TIME: t} if TARGET_TIME in names else {}
         if guidance_range is not None:
             low, high = guidance_range
             added[SCALE_KEY] = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
             condition = {k: leaf for k, leaf in condition.items() if k != SCALE_KEY}
         condition = of_student(condition)
-        x_t = expand(schedule.prior_scale(start), eps) * eps
         output = network.apply(
             {"params": params},
-            expand(schedule.input_scale(start), x_t) * x_t,
+            expand(schedule.input_scale(u), x_u) * x_u,
             schedule.time_input(own_time),
             condition,
             added,
         )
         assert isinstance(output, Array)
-        output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
-        alpha_t, sigma_t = schedule.alpha(start), schedule.sigma(start)
-        return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
+        output = output[..., : x_u.shape[-1]]  # what follows is a learned variance
+        return to_x_0(
+            prediction_type, output, x_u, schedule.alpha(u), schedule.sigma(u)
+        )
 
-    return signal
+    return jump
 
 
 def _initialiser(

@@ -61,6 +61,12 @@ from boot_jax.objectives.base import (
 )
 from boot_jax.objectives.boot import boot_loss
 from boot_jax.objectives.continuous import continuous_loss
+from boot_jax.objectives.starts import (
+    Jump,
+    StartedSchedule,
+    draw_starts,
+    started_loss,
+)
 
 #: The losses by ``objective.kind``; all of one signature.
 LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
@@ -69,10 +75,14 @@ __all__ = [
     "KINDS",
     "LOSSES",
     "Distance",
+    "Jump",
     "Objective",
     "Signal",
+    "StartedSchedule",
     "boot_loss",
     "continuous_loss",
+    "draw_starts",
     "draw_times",
     "squared_error",
+    "started_loss",
 ]

@@ -39,6 +39,8 @@ def calls_of(objective: Objective, guided: bool = False) -> Calls:
     else:
         teacher, student = 1, {"jvp": 2, "finite_difference": 3}[objective.derivative]
         student += objective.target_network == "ema"
+    if objective.start_times:
+        student += 1 / objective.start_stride  # the points to start from
     return Calls(
         teacher=(teacher + boundary) * (2 if guided else 1), student=student + boundary
     )

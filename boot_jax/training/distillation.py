@@ -8,7 +8,15 @@ from jax.sharding import NamedSharding
 
 from boot_jax.conditions import Conditions, Encode
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
+from boot_jax.objectives import (
+    LOSSES,
+    Jump,
+    Objective,
+    Signal,
+    draw_starts,
+    draw_times,
+    started_loss,
+)
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.training.step import Loss, split_batch
 
@@ -24,20 +32,31 @@ def distillation_loss(
     batch_size: int,
     batch_sharding: NamedSharding | None = None,
     encode: Encode | None = None,
+    jump: Jump | None = None,
 ) -> Loss:
     """The objective on noise, times and conditions that it draws itself: no data.
 
     ``batch_sharding`` says where the inputs ``[m, B / m, ...]`` live. With ``encode``
     (of `boot_jax.conditions.prompt_encoder`) batches are of prompts, and ``frozen`` is
     ``{"teacher": its parameters, "text": the encoder's}`` instead of the former alone.
+    With ``objective.start_times``, ``jump`` is the student from any start.
+
+    Raises:
+      ValueError: there are starting times, but no ``jump``.
     """
+    if objective.start_times and jump is None:
+        raise ValueError(
+            "objective.start_times needs a student that is told its start; set "
+            "student.time_conditioning='added'"
+        )
 
     def draw(batch: Any, key: Array, progress: Any, microbatches: int) -> Any:
         noise_key, time_key, condition_key = jax.random.split(key, 3)
         # Drawn in its last shape: drawn flat, and reshaped, every device would have to
         # make the noise of all.
         shape = (microbatches, batch_size // microbatches, *sample_shape)
-        times = draw_times(objective, time_key, batch_size, progress)
+        draw_all = draw_starts if objective.start_times else draw_times
+        times = draw_all(objective, time_key, batch_size, progress)
         condition = conditions.draw(condition_key, batch_size, batch)
         drawn = (
             jax.random.normal(noise_key, shape),
@@ -55,17 +74,21 @@ def distillation_loss(
         if encode is not None:
             teacher_params = frozen["teacher"]
             condition = encode(frozen["text"], condition)
+        target_params = ema_params if objective.target_network == "ema" else None
+        shared: Any = {
+            "denoise": denoise,
+            "schedule": schedule,
+            "objective": objective,
+            "target_params": target_params,
+        }
+        if objective.start_times:
+            assert jump is not None
+            u, t = t
+            return started_loss(
+                params, teacher_params, eps, u, t, condition, jump=jump, **shared
+            )
         return LOSSES[objective.kind](
-            params,
-            teacher_params,
-            eps,
-            t,
-            condition,
-            signal=signal,
-            denoise=denoise,
-            schedule=schedule,
-            objective=objective,
-            target_params=ema_params if objective.target_network == "ema" else None,
+            params, teacher_params, eps, t, condition, signal=signal, **shared
         )
 
     return Loss(draw, value)
