@@ -313,9 +313,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Fields that make two configs different runs, as ``path: old -> new``.
 
     `FREE_SECTIONS` and the title do not count, nor does ``num_steps``: a run may be
-    evaluated otherwise, moved to another mesh, or go on for longer.
+    evaluated otherwise, moved to another mesh, or go on for longer. A field that the
+    old one did not have yet had its default.
     """
-    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    new_fields, defaults = dict(_flatten(new)), dict(_flatten(default_config()))
+    old_fields = {k: v for k, v in defaults.items() if k in new_fields}
+    old_fields |= dict(_flatten(old))
     return [
         f"{path}: {old_fields.get(path)!r} -> {new_fields.get(path)!r}"
         for path in sorted(old_fields | new_fields)
