@@ -316,8 +316,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     evaluated otherwise, moved to another mesh, or go on for longer. A field that the
     old one did not have yet had its default.
     """
-    new_fields, defaults = dict(_flatten(new)), dict(_flatten(default_config()))
-    old_fields = {k: v for k, v in defaults.items() if k in new_fields}
+    new_fields, defaults = dict(_flatten(new)), default_config().to_dict()
+    old_fields = {k: v for k, v in _flatten(defaults) if k in new_fields}
     old_fields |= dict(_flatten(old))
     return [
         f"{path}: {old_fields.get(path)!r} -> {new_fields.get(path)!r}"
