@@ -188,6 +188,10 @@ def default_config() -> Any:
             "teacher_steps": 16,
             "grid_power": 1.0,  # of their times; above 1 crowds them at the end
             "stored_samples": 0,  # direct: made once, before; 0: new ones in each step
+            # (u_min, u_max): part of the batch starts there, on the student's own
+            # trajectories, so that it can be used in a few steps; (): none
+            "start_times": (),
+            "start_share": 0.25,  # of the batch, that part
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)
@@ -233,6 +237,8 @@ def default_config() -> Any:
             "same_noise": False,  # all images from one noise
             "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
+            "steps": 1,  # of the student; more need objective.start_times
+            "renoise": "fresh",  # between steps; or along: to where its ODE leads
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
         }
     )
@@ -329,9 +335,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Fields that make two configs different runs, as ``path: old -> new``.
 
     `FREE_SECTIONS` and the title do not count, nor does ``num_steps``: a run may be
-    evaluated otherwise, moved to another mesh, or go on for longer.
+    evaluated otherwise, moved to another mesh, or go on for longer. A field that the
+    old one did not have yet had its default.
     """
-    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    new_fields, defaults = dict(_flatten(new)), default_config().to_dict()
+    old_fields = {k: v for k, v in _flatten(defaults) if k in new_fields}
+    old_fields |= dict(_flatten(old))
     return [
         f"{path}: {old_fields.get(path)!r} -> {new_fields.get(path)!r}"
         for path in sorted(old_fields | new_fields)

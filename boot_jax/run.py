@@ -155,6 +155,7 @@ class Run:
             batch_size=self.config.distill.batch_size,
             batch_sharding=batch_sharding,
             encode=encode,
+            jump=self.student.jump,
         )
 
     @property

@@ -31,7 +31,7 @@ import numpy as np
 from jax import Array
 
 from boot_jax.guidance import SCALE_KEY, Denoiser, of_student
-from boot_jax.objectives import Signal
+from boot_jax.objectives import Jump, Signal
 from boot_jax.prediction import expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers.base import Teacher, TeacherError, example_condition
@@ -51,6 +51,9 @@ class Student:
 
     Attributes:
       signal: ``(params, eps [B, H, W, C], t [B], condition) -> y_t``.
+      jump: ``(params, x_u, u [B], t [B], condition) -> y_t``: the signal as seen from
+        ``x_u`` (`boot_jax.objectives.starts`), told its time ``u`` as the teacher is;
+        None where the student's target time has taken that input's place.
       init: ``key -> params``, float32; copies of the teacher's weights where it has a
         network, as numpy arrays.
       network: the Linen module behind ``signal``.
@@ -62,6 +65,7 @@ class Student:
     """
 
     signal: Signal
+    jump: Jump | None
     init: Callable[[Array], Any]
     network: nn.Module
     prediction_type: str
@@ -129,12 +133,20 @@ def create_student(
         signal = from_noisy_image(signal, teacher.schedule)
     return Student(
         signal=signal,
+        jump=_jump(estimate) if TARGET_TIME in names and output == "signal" else None,
         init=_initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
         time_conditioning=time_conditioning,
         denoise=_denoiser(estimate) if told_noise_level else None,
     )
+
+
+def _jump(estimate: "_Estimate") -> Jump:
+    def jump(params: Any, x_u: Array, u: Array, t: Array, condition: Any) -> Array:
+        return estimate(params, x_u, u, u, condition, {TARGET_TIME: t})
+
+    return jump
 
 
 def from_noisy_image(noisy_image: Signal, schedule: NoiseSchedule) -> Signal:
@@ -221,7 +233,7 @@ def _signal(
         x_t = expand(schedule.prior_scale(start), eps) * eps
         return estimate(params, x_t, start, own_time, condition, added)
 
-    return signal
+    return jump
 
 
 def _denoiser(estimate: _Estimate) -> Denoiser:

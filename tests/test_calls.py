@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from boot_jax.objectives import LOSSES, Objective
+from boot_jax.objectives import LOSSES, Objective, started_loss
 from boot_jax.objectives.calls import calls_before, calls_of, sampling_calls
 from boot_jax.schedules import get_schedule
 
@@ -24,6 +24,29 @@ class Counted:
         del condition
         self.images += x.shape[0]
         return params * x * t[:, None, None, None]
+
+
+@pytest.mark.parametrize("kind", ["boot", "continuous"])
+def test_points_to_start_from_are_counted(kind):
+    options: Any = {"kind": kind, "derivative": "finite_difference"}
+    objective = Objective(**options, start_times=(0.3, 0.9), start_share=0.25)
+    student = Counted()
+    with jax.disable_jit():
+        started_loss(
+            jnp.asarray(0.5),
+            jnp.asarray(0.5),
+            jnp.ones((BATCH, 2, 2, 1)),
+            jnp.asarray([0.8, 1.0, 1.0, 1.0] * 2),
+            jnp.linspace(0.1, 0.7, BATCH),
+            None,
+            jump=lambda params, x, u, t, condition: student(params, x, t, condition),
+            denoise=Counted(),
+            schedule=get_schedule("cosine"),
+            objective=objective,
+        )
+    assert calls_of(objective).student * BATCH == student.images
+    plain = calls_of(Objective(**options))
+    assert calls_of(objective).student == plain.student + 0.25
 
 
 @pytest.mark.parametrize(

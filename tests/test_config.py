@@ -246,8 +246,10 @@ def test_a_run_may_be_looked_at_and_moved_otherwise():
     assert differences(default_config().to_dict(), new.to_dict()) == []
 
 
-def test_a_field_that_one_of_them_lacks_is_a_difference():
+def test_a_field_that_an_older_config_lacks_had_its_default():
     old, new = default_config().to_dict(), default_config().to_dict()
     del old["objective"]["adaptive_power"]
-    assert differences(old, new) == ["objective.adaptive_power: None -> 0.0"]
+    assert differences(old, new) == []
     assert differences(new, old) == ["objective.adaptive_power: 0.0 -> None"]
+    new["objective"]["adaptive_power"] = 1.0
+    assert differences(old, new) == ["objective.adaptive_power: 0.0 -> 1.0"]

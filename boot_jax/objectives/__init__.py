@@ -78,6 +78,12 @@ from boot_jax.objectives.continuous import continuous_loss
 from boot_jax.objectives.direct import direct_loss
 from boot_jax.objectives.pid import pid_loss
 from boot_jax.objectives.progressive import progressive_loss
+from boot_jax.objectives.starts import (
+    Jump,
+    StartedSchedule,
+    draw_starts,
+    started_loss,
+)
 
 #: The losses by ``objective.kind``: ``(params, teacher_params, eps, t, condition, *,
 #: signal, denoise, schedule, objective, target_params) -> (loss, metrics)``, as
@@ -98,15 +104,19 @@ __all__ = [
     "LOSSES",
     "TARGET_TIME_KINDS",
     "Distance",
+    "Jump",
     "Objective",
     "Signal",
+    "StartedSchedule",
     "boot_loss",
     "consistency_function",
     "consistency_loss",
     "continuous_loss",
     "direct_loss",
+    "draw_starts",
     "draw_times",
     "pid_loss",
     "progressive_loss",
     "squared_error",
+    "started_loss",
 ]

@@ -68,6 +68,10 @@ class Objective:
       grid_power: of the times of these steps; see `boot_jax.solvers.time_grid`.
       stored_samples: so many noises, each with the teacher's sample, are made before
         the training, for ``direct``; 0 makes new ones in every step.
+      start_times: ``(u_min, u_max)``: where part of the batch starts from the student's
+        own trajectory instead of noise; empty for none. See
+        `boot_jax.objectives.starts`.
+      start_share: of the batch, that part.
       distance: between images, ``[B]``; the squared error when not given.
     """
 
@@ -87,6 +91,8 @@ class Objective:
     teacher_steps: int = 16
     grid_power: float = 1.0
     stored_samples: int = 0
+    start_times: tuple[float, ...] = ()
+    start_share: float = 0.25
     distance: Distance = squared_error
 
     def __post_init__(self) -> None:
@@ -123,6 +129,7 @@ class Objective:
                 f"{self.boundary_share}; at least 0, and in (0, 1], are needed"
             )
         self._check_kind()
+        self._check_starts()
 
     def _check_kind(self) -> None:
         """Refuses what has a meaning, but none for the kind."""
@@ -174,6 +181,31 @@ class Objective:
         """Whether there is a boundary loss."""
         return self.has_target_time and self.boundary_weight > 0
 
+    def _check_starts(self) -> None:
+        if not 0 < self.start_share <= 1:
+            raise ValueError(
+                f"start_share is {self.start_share}, but must lie in (0, 1]; no start "
+                "below t_max is start_times=()"
+            )
+        starts, lowest = self.start_times, lowest_time(self)
+        if starts and not self.has_target_time:
+            raise ValueError(
+                f"start_times is {tuple(starts)}, but {self.kind} starts anywhere; "
+                f"start_times is for {', '.join(TARGET_TIME_KINDS)}"
+            )
+        if starts and not (
+            len(starts) == 2 and lowest < starts[0] < starts[1] <= self.t_max
+        ):
+            raise ValueError(
+                f"start_times is {tuple(starts)}, but must be (u_min, u_max) between "
+                f"{lowest:g} and t_max = {self.t_max:g}, or empty for none"
+            )
+
+    @property
+    def start_stride(self) -> int:
+        """Every so-many-th image starts below ``t_max``, if any does."""
+        return max(1, round(1 / self.start_share)) if self.start_times else 1
+
     @property
     def boundary_stride(self) -> int:
         """The boundary loss, where there is one, takes every so-many-th image."""
@@ -183,6 +215,11 @@ class Objective:
     def num_stages(self) -> int:
         """The trainings, one after the other, that the objective takes."""
         return self.teacher_steps.bit_length() - 1 if self.kind == "progressive" else 1
+
+
+def lowest_time(objective: Objective) -> float:
+    """The lowest target time that is drawn; see `draw_times`."""
+    return objective.t_min + (objective.delta if objective.kind == "boot" else 0.0)
 
 
 def draw_times(
@@ -203,8 +240,7 @@ def draw_times(
       batch_size: number of images in the global batch.
       progress: 0 to 1, the share of training done; for ``progressive`` order only.
     """
-    low = objective.t_min + (objective.delta if objective.kind == "boot" else 0.0)
-    high = objective.t_max
+    low, high = lowest_time(objective), objective.t_max
     if objective.time_order == "progressive":
         front = high - (high - low) * jnp.asarray(progress)
         low, high = front, jnp.minimum(front + objective.delta, high)

@@ -57,6 +57,8 @@ def calls_of(objective: Objective, guided: bool = False) -> Calls:
     }[objective.kind]
     if objective.kind == "progressive":
         halves = 1 + (halves - 1) / objective.num_stages
+    if objective.start_times:
+        student += 1 / objective.start_stride  # the points to start from
     return Calls(
         teacher=(teacher + boundary) * halves, student=student + boundary, images=images
     )

@@ -14,7 +14,15 @@ from jax.sharding import NamedSharding
 
 from boot_jax.conditions import Conditions, Encode
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
+from boot_jax.objectives import (
+    LOSSES,
+    Jump,
+    Objective,
+    Signal,
+    draw_starts,
+    draw_times,
+    started_loss,
+)
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.training.step import Loss, split_batch
 
@@ -36,6 +44,7 @@ def distillation_loss(
     encode: Encode | None = None,
     student_denoise: Denoiser | None = None,
     noise_of: Callable[[Array], Array] | None = None,
+    jump: Jump | None = None,
 ) -> Loss:
     """The objective on noise, times and conditions that it draws itself.
 
@@ -43,15 +52,25 @@ def distillation_loss(
     (of `boot_jax.conditions.prompt_encoder`) batches are of prompts, and ``frozen`` is
     ``{"teacher": its parameters, "text": the encoder's}`` instead of the former alone.
     ``student_denoise`` is needed with real images, ``noise_of``, which maps indices to
-    noise, with stored samples.
+    noise, with stored samples, and ``jump``, the student from any start, with
+    ``objective.start_times``.
+
+    Raises:
+      ValueError: there are starting times, but no ``jump``.
     """
+    if objective.start_times and jump is None:
+        raise ValueError(
+            "objective.start_times needs a student that is told its start; set "
+            "student.time_conditioning='added'"
+        )
 
     def draw(batch: Any, key: Array, progress: Any, microbatches: int) -> Any:
         noise_key, time_key, condition_key = jax.random.split(key, 3)
         # Drawn in its last shape: drawn flat, and reshaped, every device would have to
         # make the noise of all.
         shape = (microbatches, batch_size // microbatches, *sample_shape)
-        times = draw_times(objective, time_key, batch_size, progress)
+        draw_all = draw_starts if objective.start_times else draw_times
+        times = draw_all(objective, time_key, batch_size, progress)
         given = dict(batch or {})
         read = {name: given.pop(name) for name in (IMAGE, TARGET) if name in given}
         if noise_of is not None:
@@ -78,6 +97,19 @@ def distillation_loss(
         if encode is not None:
             teacher_params = frozen["teacher"]
             condition = encode(frozen["text"], condition)
+        target_params = ema_params if objective.target_network == "ema" else None
+        shared: Any = {
+            "denoise": denoise,
+            "schedule": schedule,
+            "objective": objective,
+            "target_params": target_params,
+        }
+        if objective.start_times:
+            assert jump is not None
+            u, t = t
+            return started_loss(
+                params, teacher_params, eps, u, t, condition, jump=jump, **shared
+            )
         return LOSSES[objective.kind](
             params,
             teacher_params,
@@ -85,10 +117,7 @@ def distillation_loss(
             t,
             condition,
             signal=signal,
-            denoise=denoise,
-            schedule=schedule,
-            objective=objective,
-            target_params=ema_params if objective.target_network == "ema" else None,
+            **shared,
             **more,
         )
 
