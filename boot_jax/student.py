@@ -233,7 +233,7 @@ def _signal(
         x_t = expand(schedule.prior_scale(start), eps) * eps
         return estimate(params, x_t, start, own_time, condition, added)
 
-    return jump
+    return signal
 
 
 def _denoiser(estimate: _Estimate) -> Denoiser:
