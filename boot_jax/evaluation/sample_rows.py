@@ -47,7 +47,8 @@ dialog button { font: inherit; color: inherit; background: none; cursor: pointer
     grid-template-columns: repeat(var(--columns), minmax(2.6rem, 4.6rem)); }
   .samples .name { grid-column: 1 / -1; position: sticky; left: 0; width: 80vw; }
   dialog .beside { grid-template-columns: minmax(0, 1fr); gap: .8rem; }
-  dialog .large { width: min(11rem, 60%); }
+  dialog .large { width: min(9rem, 60%); }
+  dialog .near { grid-template-columns: repeat(auto-fill, minmax(4.8rem, 1fr)); }
 }
 @media print { .scroll { overflow: visible; }
   .samples .row { grid-template-columns: 9.5rem repeat(var(--columns), minmax(0, 3rem));
@@ -125,7 +126,7 @@ def _told(sample: ShownSample) -> str:
     among = (
         "no real image has another as near"
         if sample.share == 0
-        else f"{sample.share:.1%} of the real images have another at least as near"
+        else f"{100 * sample.share:.3g} % of real images have another at least as near"
     )
     return (
         f"The nearest real image is at {near}; {among}. Real images have their nearest "
