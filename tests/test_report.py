@@ -2,15 +2,11 @@ import base64
 import json
 import os
 import re
-from html.parser import HTMLParser
 
 import pytest
-from PIL import Image
+from html_pages import EVIL, Page, png, shown_rows
 
-from boot_jax.evaluation import plots
 from boot_jax.evaluation.report import headline, summary_table, write_report
-
-VOID = {"meta", "img", "br", "link", "input", "hr", "col"}
 
 
 def sampler(distance: float, error: float, seconds: float) -> dict[str, float]:
@@ -47,42 +43,6 @@ def results() -> dict:
         "device": "cpu",
     }
     return json.loads(json.dumps(made))
-
-
-class Page(HTMLParser):
-    """Tags with attributes, cells of tables and text; unbalanced tags fail."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-        if self.open and self.open[-1] != "style":
-            self.text += data
-
-
-def png(shade: int = 0) -> bytes:
-    return plots.encode_png(Image.new("RGB", (4, 3), (shade, shade, shade)))
 
 
 def written(tmp_path, results, **extra) -> tuple[str, Page]:
@@ -214,7 +174,7 @@ def test_pixels_distances_are_never_called_fid(tmp_path, results):
 
 
 def test_everything_is_escaped(tmp_path, results):
-    evil = "<script>alert('\"&')</script>"
+    evil = EVIL
     results |= {
         "features": evil,
         "data": evil,
@@ -234,6 +194,38 @@ def test_everything_is_escaped(tmp_path, results):
     assert page.count("&lt;script&gt;") == parsed.text.count("<script>") + 1  # the alt
     assert [a["alt"] for tag, a in parsed.tags if tag == "img"] == [evil]
     assert [f"{evil}.{evil}", evil] in parsed.rows
+
+
+def test_samples_of_the_page_have_their_neighbours(tmp_path, results):
+    rows, _, _ = shown_rows(("teacher", EVIL), ("a", "b", EVIL, "d"))
+    images = {"the plot": png(2)}
+    page, parsed = written(tmp_path, results, images=images, rows=rows)
+    assert page.count("<script") == 2  # the data and ours
+    assert page.index("sample 1") < page.index("<thead") < page.index("the plot")
+    names = [(tag, attrs.get("class")) for tag, attrs in parsed.tags]
+    assert names.count(("button", "sample")) == 8 and names.count(("div", "row")) == 2
+    samples = parsed.data["samples"]
+    assert [sample["caption"] for sample in samples] == ["a", "b", EVIL, "d"] * 2
+    assert samples[4]["title"] == f"{EVIL}: sample 1"
+    copied, place = samples[1], samples[1]["near"][0][0]
+    assert copied["near"][0] == [place, "real image 17, distance 0.000"]
+    assert "no real image has another as near" in copied["told"]
+    sources = [a["src"] for tag, a in parsed.tags if tag == "img" and "src" in a]
+    assert parsed.data["images"][place] == sources[1]  # the copy, to the pixel
+
+
+def test_samples_without_neighbours_are_plain_and_say_why(tmp_path, results):
+    rows, _, _ = shown_rows()
+    plain = {
+        name: [type(sample)(image=sample.image) for sample in samples]
+        for name, samples in rows.items()
+    }
+    note = "No neighbours are shown: the config names no <data>."
+    page, parsed = written(tmp_path, results, rows=plain, note=note)
+    assert note in parsed.text and "<data>" not in page
+    names = [(tag, attrs.get("class")) for tag, attrs in parsed.tags]
+    assert names.count(("span", "sample")) == 8
+    assert not {"button", "dialog"} & {tag for tag, _ in parsed.tags}
 
 
 @pytest.mark.parametrize("results", [{}, {"student": None, "teacher": {"ddim": None}}])

@@ -147,7 +147,7 @@ def _costs(row: Mapping[str, Any]) -> list[Cell]:
         _count(row.get("seconds"), ",.1f"),
         _memory(row.get("memory")),
         _count((row.get("calls") or {}).get("images")),
-        _words({True: "yes", False: "no"}.get(row.get("needs_data"), "")),
+        _words({True: "yes", False: "no", None: ""}[row.get("needs_data")]),
     ]
 
 
