@@ -123,11 +123,11 @@ def _count(value: float | None, form: str = ",.0f") -> Cell:
 
 
 def _calls(calls: Mapping[str, Any] | None) -> Cell:
-    found = {name: (calls or {}).get(name) for name in ("teacher", "student")}
-    counted = [count for count in found.values() if count is not None]
+    found = [(calls or {}).get(name) for name in ("teacher", "student")]
+    counted = [count for count in found if count is not None]
     if not counted:
         return Cell(EN_DASH)
-    apart = ", ".join(f"{v:,.0f} {k}" for k, v in found.items() if v is not None)
+    apart = " + ".join(EN_DASH if c is None else f"{c:,.0f}" for c in found)
     return Cell(f"{sum(counted):,.0f}", apart, sum(counted))
 
 
@@ -152,7 +152,11 @@ def _costs(row: Mapping[str, Any]) -> list[Cell]:
 
 
 _COSTS = (
-    *("calls in training", "steps", "seconds", "memory, MB", "real images read"),
+    "calls, teacher + student",
+    "steps",
+    "seconds",
+    "memory, MB",
+    "images read",
     "needs data",
 )
 
@@ -298,7 +302,7 @@ def write_comparison(
     body += [f'<p class="quiet">{escape(text)}</p>' for text in _notes(comparison)]
     if others := _other_rows(comparison):
         header = ["sampler", "network calls", *figures]
-        body += ["<h2>Beside them</h2>", pages.table(header, others, about)]
+        body += ["<h2>Teacher and real images</h2>", pages.table(header, others, about)]
     if images:
         drawn = [pages.figure(caption, png) for caption, png in images.items()]
         body += ["<h2>Plots</h2>", '<div class="plots">', *drawn, "</div>"]

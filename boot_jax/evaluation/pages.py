@@ -43,6 +43,8 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums;
   margin: .4rem 0; }
 caption { text-align: left; padding-bottom: .4rem; }
+caption span { display: inline-block; position: sticky; left: 0;
+  max-width: min(100%, 100vw - 2.4rem); }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem;
   text-align: right; }
 th:first-child, td:first-child { text-align: left; padding-left: .3rem; }
@@ -115,21 +117,23 @@ def table(
         body.append(f"<tr{kind}>{''.join(map(_cell, row))}</tr>")
     kind = ' class="sortable"' if sortable else ""
     return (
-        f'<div class="scroll"><table{kind}><caption>{escape(caption)}</caption>'
+        f'<div class="scroll"><table{kind}>'
+        f"<caption><span>{escape(caption)}</span></caption>"
         f"<thead><tr>{''.join(map(heading, header))}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 SORT_STYLE = """
+body { max-width: 80rem; }
+.sortable { font-size: .92rem; }
+.sortable th, .sortable td { padding: .3rem .5rem; }
 .sortable th button { all: unset; cursor: pointer; }
-.sortable th button::after { content: " \\2195"; color: var(--quiet); }
-.sortable th[aria-sort="ascending"] button::after { content: " \\2191";
-  color: var(--accent); }
-.sortable th[aria-sort="descending"] button::after { content: " \\2193";
-  color: var(--accent); }
-button:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-@media print { .sortable th button::after { content: ""; } }
+.sortable th button:hover { color: var(--accent); }
+.sortable th[aria-sort] button { color: var(--accent); text-decoration: underline; }
+.sortable th[aria-sort="ascending"] button::after { content: " (rising)"; }
+.sortable th[aria-sort="descending"] button::after { content: " (falling)"; }
+.sortable th button:focus-visible { outline: 3px solid var(--accent); }
 """
 
 SORT_SCRIPT = """
