@@ -74,17 +74,19 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """The addresses asked for since the last call, without those of ``data:``."""
-        messages = (
-            json.loads(entry["message"])["message"]
-            for entry in self.driver.get_log("performance")
-        )
-        addresses = [
-            message["params"]["request"]["url"]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        ]
-        return [address for address in addresses if not address.startswith("data:")]
+        """The addresses asked for since the last call, without those of ``data:``.
+
+        Those that the page's own policy has refused were never sent.
+        """
+        asked: dict[str, str] = {}
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            told = message["params"]
+            if message["method"] == "Network.requestWillBeSent":
+                asked[told["requestId"]] = told["request"]["url"]
+            if told.get("blockedReason") == "csp":
+                asked.pop(told["requestId"], None)
+        return [url for url in asked.values() if not url.startswith("data:")]
 
     def screenshot(self, path: pathlib.Path, whole: bool = False) -> None:
         """Writes what is seen, or the whole page, as a PNG."""

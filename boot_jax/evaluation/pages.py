@@ -126,8 +126,8 @@ def table(
 
 SORT_STYLE = """
 body { max-width: 80rem; }
-.sortable { font-size: .92rem; }
-.sortable th, .sortable td { padding: .3rem .5rem; }
+.sortable { font-size: .88rem; }
+.sortable th, .sortable td { padding: .3rem .4rem; }
 .sortable th button { all: unset; cursor: pointer; }
 .sortable th button:hover { color: var(--accent); }
 .sortable th[aria-sort] button { color: var(--accent); text-decoration: underline; }
