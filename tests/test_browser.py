@@ -79,7 +79,7 @@ def compared(browser, tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=["report", "compared"])
+@pytest.fixture(params=[pytest.param("report", marks=pytest.mark.slow), "compared"])
 def page(request):
     return request.getfixturevalue(request.param)
 
@@ -135,6 +135,7 @@ def test_a_page_refuses_what_is_not_its_own(browser, page):
     assert len(refused) == 2
 
 
+@pytest.mark.slow
 def test_a_click_shows_the_real_images_nearest_to_the_sample(browser, report):
     browser.open(report)
     digits = load_digits().images[:200].reshape(200, -1) / 8.0 - 1.0
@@ -228,8 +229,11 @@ def test_the_keyboard_does_all_that_the_mouse_does(browser, page):
 
 def column(browser: Browser, number: int, table: int = 0) -> list[str]:
     return browser.run(
-        "return [...document.querySelectorAll('table.sortable')[arguments[1]].tBodies[0]"
-        ".rows].map(row => row.cells[arguments[0]].firstChild.textContent.trim())",
+        """
+        const [number, table] = arguments;
+        const rows = document.querySelectorAll("table.sortable")[table].tBodies[0].rows;
+        return [...rows].map(r => r.cells[number].firstChild.textContent.trim());
+        """,
         number,
         table,
     )

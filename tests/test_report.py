@@ -121,7 +121,12 @@ def judged(results) -> dict:
     """With the features of FID, more figures, intervals, a floor and a warning."""
     student = results["student"]
     student |= {"kernel_distance": 0.00123, "inception_score": 2.5, "lpips": 0.0421}
-    student["intervals"] = {"frechet_distance": [0.31, 0.36], "recall": [0.65, 0.75]}
+    student["intervals"] = {
+        "frechet_distance": [0.31, 0.36],
+        "recall": [0.65, 0.75],
+        "seconds_per_image": [1.5e-5, 2.5e-5],
+    }
+    student["kernel_distance_deviation"] = 0.0002
     results["selftest"] = {
         "num_images": 900,
         "num_reference": 897,
@@ -145,7 +150,8 @@ def test_page_shows_intervals_the_floor_and_warnings(tmp_path, judged):
     student = next(row for row in parsed.rows if row and row[0] == "student, 1 step")
     assert student[2] == "0.331 (0.310 to 0.360)"
     assert student[5] == "0.700 (0.650 to 0.750)"
-    assert student[6:9] == ["0.00123", "2.50", "0.0421"]
+    assert student[6:9] == ["0.00123 (± 0.00020 between subsets)", "2.50", "0.0421"]
+    assert student[9] == "0.0200 (0.0150 to 0.0250)"
     floor = next(row for row in parsed.rows if row and row[0] == "900 real images")
     assert floor[1:4] == ["–", "0.021", "–"] and floor[5] == "0.950"
     assert "a perfect sampler would get: FID 0.021 with 900 images" in parsed.text
