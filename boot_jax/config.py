@@ -221,6 +221,7 @@ def default_config() -> Any:
             "error_images": 256,
             "grid_images": 12,
             "neighbours": 3,  # k of precision and recall
+            "nearest_images": 5,  # real ones beside each of the grid's; 0: none
             "seed": 1_000_003,
         }
     )

@@ -105,9 +105,9 @@ def evaluate(run: Run) -> pathlib.Path:
       The report's path.
     """
     pair, watch = trained_pair(run), summary.Stopwatch()
-    results, rows = judging.judge(run, pair, watch.progress)
+    results, (rows, note) = judging.judge(run, pair, watch.progress)
     return summary.write(
-        run.workdir, run.config, results, rows, pair, run.mesh, watch.seconds()
+        run.workdir, run.config, results, rows, note, pair, run.mesh, watch.seconds()
     )
 
 

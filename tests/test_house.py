@@ -16,7 +16,7 @@ PACKAGE = "boot_jax"
 # A package stands for all of its modules.
 FLOORS = {
     0: "schedules prediction solvers guidance objectives",
-    1: "models",
+    1: "models jsons",
     2: "conditions teachers student tokenizers",
     3: "config validation sharding distributed interruption data shapes batches "
     "prompts workdir training",
