@@ -179,11 +179,9 @@ def test_prompts_and_captions(tmp_path):
         assert command(*flags) == 0
         rows = logs.read_metrics(workdir)
         assert rows[-1]["step"] == 10 and np.isfinite(rows[-1]["loss"])
-    kept = {
-        path.stem for path in (tmp_path / "direct" / "stored_samples").glob("*.npy")
-    }
-    assert kept == {"target", "prompt"}
-    prompt = np.load(tmp_path / "direct" / "stored_samples" / "prompt.npy")
+    folder = tmp_path / "direct" / "stored_samples"
+    assert {path.stem for path in folder.glob("*.npy")} == {"target", "prompt"}
+    prompt = np.load(folder / "prompt.npy")
     assert prompt.shape == (24,) and set(prompt) == {0, 1}
     # A prompt's samples are of the prompt: the guided teacher's, one by one.
     run = run_of(tmp_path / "direct")
