@@ -31,6 +31,9 @@ TINY = (
     "--config.evaluation.error_images=8",
     "--config.evaluation.ddim_steps=(1,2)",
 )
+# Flags of tuples add up, so these are apart.
+ALL = ("--config.compare.kinds=ddim,continuous",)
+ALL += ("--config.compare.amounts=1,2", "--config.compare.seeds=0,1")
 VARIANTS = """
     config.compare.variants = {
         "ddim": ("objective.kind=boot", "objective.solver=ddim"),
@@ -79,9 +82,6 @@ def digits(tmp_path_factory):
         write_config(folder, with_variants(DIGITS)),
         f"--workdir={workdir}",
         *TINY,
-        "--config.compare.kinds=ddim,continuous",
-        "--config.compare.amounts=1,2",
-        "--config.compare.seeds=0,1",
         "--config.compare.budget=steps",
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -93,12 +93,12 @@ def digits(tmp_path_factory):
             return len(polls) == 5
 
         patch.setattr(interruption.Interruption, "poll", poll)
-        assert command(*flags) == interruption.EXIT_PREEMPTED
+        assert command(*flags, *ALL) == interruption.EXIT_PREEMPTED
     finished = results_of(workdir)
     assert list(finished) == ["ddim/steps_1/0"]
     stopped = workdir / "cells" / "continuous" / "steps_1" / "0"
     assert [row["step"] for row in logs.read_metrics(stopped)] == [5]
-    assert command(*flags) == 0
+    assert command(*flags, *ALL) == 0
     again = results_of(workdir)
     assert again["ddim/steps_1/0"] == finished["ddim/steps_1/0"]
     assert [event["step"] for event in events_of(stopped, "start")] == [0, 5]
@@ -175,10 +175,10 @@ def test_a_finished_comparison_only_collects(digits, capsys, monkeypatch):
         raise AssertionError("something was trained")
 
     monkeypatch.setattr(logs.Logger, "__init__", no_logger)
-    assert command(*flags) == 0
+    assert command(*flags, *ALL) == 0
     assert (results_of(workdir), compared(workdir)) == before
     # A part of it: only that is told.
-    assert command(*flags, "--config.compare.kinds=ddim") == 0
+    assert command(*flags, "--config.compare.kinds=ddim", *ALL[1:]) == 0
     assert {cell["method"] for cell in compared(workdir)["cells"]} == {"ddim"}
     assert f"comparison: {workdir / 'comparison.md'}" in capsys.readouterr().out
 
@@ -230,7 +230,7 @@ def test_a_changed_cell_is_refused_before_anything_is_run(digits, capsys):
     flags, workdir = digits
     before = results_of(workdir)
     longer = "--config.distill.num_steps=15"
-    line = refusal(capsys, *flags, longer)
+    line = refusal(capsys, *flags, *ALL, longer)
     assert "cells/ddim/steps_1/0 was run with another config" in line
     assert "distill.num_steps: 10 -> 15" in line and "move it away" in line
     assert results_of(workdir) == before
@@ -240,8 +240,8 @@ def test_a_changed_cell_is_refused_before_anything_is_run(digits, capsys):
 def mixture(tmp_path):
     """A comparison whose teacher is exact; no method is named yet."""
     config = write_config(tmp_path, with_variants(MIXTURE))
-    few = ("--config.compare.seeds=0,", "--config.evaluation.ddim_steps=(1,)")
-    return (config, f"--workdir={tmp_path / 'run'}", *TINY, *few), tmp_path / "run"
+    workdir = tmp_path / "run"
+    return (config, f"--workdir={workdir}", *TINY, "--config.compare.seeds=0,"), workdir
 
 
 def test_a_cell_that_diverges_is_a_row_of_its_own(mixture):
