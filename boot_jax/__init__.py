@@ -8,7 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from boot_jax.guidance import guide
-from boot_jax.objectives import Objective, boot_loss, continuous_loss, draw_times
+from boot_jax.objectives import (
+    Objective,
+    boot_loss,
+    consistency_loss,
+    continuous_loss,
+    direct_loss,
+    draw_times,
+    pid_loss,
+    progressive_loss,
+)
 from boot_jax.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -46,13 +55,17 @@ __all__ = [
     "Teacher",
     "as_sampled",
     "boot_loss",
+    "consistency_loss",
     "continuous_loss",
     "create_student",
+    "direct_loss",
     "draw_times",
     "gaussian_mixture",
     "get_schedule",
     "guide",
     "network_denoiser",
+    "pid_loss",
+    "progressive_loss",
     "sample_ode",
     "signal_step",
     "time_grid",

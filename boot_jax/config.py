@@ -159,14 +159,18 @@ def default_config() -> Any:
     )
     config.student = ml_collections.ConfigDict(
         {
-            "time_conditioning": "added",  # added | reused (the teacher's time input)
+            # auto (added, or where the kind has no target time noise_level) |
+            # added | reused (the teacher's time input) | noise_level
+            "time_conditioning": "auto",
             "num_half_waves": 2,  # of the target-time embedding
             "output": "signal",  # signal | noisy_image (to show why not)
         }
     )
     config.objective = ml_collections.ConfigDict(
         {
-            "kind": "boot",  # boot | continuous
+            # boot | continuous | pid | direct | progressive | consistency; the last
+            # two learn from real images
+            "kind": "boot",
             "t_min": 0.01,
             "t_max": 1.0,
             "delta": 0.04,
@@ -176,9 +180,18 @@ def default_config() -> Any:
             "boundary_share": 1.0,  # of the batch
             "target_network": "online",  # online | ema
             "time_order": "uniform",  # uniform | progressive
-            "derivative": "jvp",  # jvp | finite_difference, for continuous
+            "derivative": "jvp",  # jvp | finite_difference, for continuous and pid
             "adaptive_power": 0.0,  # 1 bounds every image's pull on the student
             "adaptive_offset": 0.01,
+            # direct: of the samples; progressive: of its first teacher, a power of two;
+            # consistency: between the points
+            "teacher_steps": 16,
+            "grid_power": 1.0,  # of their times; above 1 crowds them at the end
+            "stored_samples": 0,  # direct: made once, before; 0: new ones in each step
+            # (u_min, u_max): part of the batch starts there, on the student's own
+            # trajectories, so that it can be used in a few steps; (): none
+            "start_times": (),
+            "start_share": 0.25,  # of the batch, that part
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)
@@ -208,6 +221,7 @@ def default_config() -> Any:
             "error_images": 256,
             "grid_images": 12,
             "neighbours": 3,  # k of precision and recall
+            "nearest_images": 5,  # real ones beside each of the grid's; 0: none
             "seed": 1_000_003,
         }
     )
@@ -224,6 +238,8 @@ def default_config() -> Any:
             "same_noise": False,  # all images from one noise
             "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
+            "steps": 1,  # of the student; more need objective.start_times
+            "renoise": "fresh",  # between steps; or along: to where its ODE leads
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
         }
     )
@@ -321,9 +337,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Fields that make two configs different runs, as ``path: old -> new``.
 
     `FREE_SECTIONS` and the title do not count, nor does ``num_steps``: a run may be
-    evaluated otherwise, moved to another mesh, or go on for longer.
+    evaluated otherwise, moved to another mesh, or go on for longer. A field that the
+    old one did not have yet had its default.
     """
-    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    new_fields, defaults = dict(_flatten(new)), default_config().to_dict()
+    old_fields = {k: v for k, v in _flatten(defaults) if k in new_fields}
+    old_fields |= dict(_flatten(old))
     return [
         f"{path}: {old_fields.get(path)!r} -> {new_fields.get(path)!r}"
         for path in sorted(old_fields | new_fields)

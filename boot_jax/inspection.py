@@ -15,10 +15,11 @@ import jax
 
 from boot_jax import config as config_lib
 from boot_jax import sharding, validation
-from boot_jax.conditions import TOKENS, prompt_encoder
+from boot_jax.conditions import prompt_encoder
 from boot_jax.run import Run
 from boot_jax.schedules import DiscreteSchedule, NoiseSchedule
 from boot_jax.student import check_conversion
+from boot_jax.student_batches import batch_shapes
 from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError
 from boot_jax.teachers.folder import read_json
@@ -178,11 +179,10 @@ def step_cost(run: Run) -> Cost:
     """What one distillation step takes; it is traced and lowered, never run."""
     teacher, training = run.teacher, run.config.distill
     optimizer = optimizer_from(training)
-    params, text, batch, encode = teacher.params, teacher.text, None, None
+    params, text, encode = teacher.params, teacher.text, None
+    batch = batch_shapes(run)
     if text is not None:
         params = {"teacher": params, "text": text.params}
-        rows = (training.batch_size, *text.tokenizer.row_shape)
-        batch = {TOKENS: jax.ShapeDtypeStruct(rows, "int32")}
         encode = prompt_encoder(text, "" if run.is_guided else None)
     loss = run.loss(encode)
     key = jax.random.key(0)
@@ -286,9 +286,13 @@ def _about_cost(run: Run, cost: Cost) -> dict[str, str]:
 
 def _progress(found: Found) -> dict[str, str]:
     """How far the student of a workdir is."""
-    checkpoints = found.workdir / "checkpoints"
-    steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-    done = f"step {max(steps):,}" if steps else "not begun"
+    folders = [found.workdir, *(found.workdir / "stages").glob("*")]
+    steps = [
+        max(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+        for checkpoints in (folder / "checkpoints" for folder in folders)
+        if any(path.name.isdigit() for path in checkpoints.glob("*"))
+    ]
+    done = f"step {sum(steps):,}" if steps else "not begun"
     rows = {"student": f"{done} of {found.config.distill.num_steps:,}"}
     for name in ("results.json", "report.html", "export"):
         if (found.workdir / name).exists():

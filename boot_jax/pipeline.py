@@ -15,8 +15,6 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
-
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import (
@@ -25,6 +23,8 @@ from boot_jax import (
     interruption,
     judging,
     sharding,
+    stages,
+    student_batches,
     summary,
     validation,
 )
@@ -65,31 +65,37 @@ USER_ERRORS = (
 
 def distill(run: Run) -> TrainState:
     """Trains the student to the end, or reads it if it is trained."""
-    config, prompts = run.config, run.prompts
-    training = config.distill
+    config, training = run.config, run.config.distill
     sharding.check_batch_size(
         "distill.batch_size", training.batch_size, run.mesh, training.microbatches
     )
-    key = jax.random.key(config.seed, impl="threefry2x32")
-    return train(
-        run.workdir,
-        "student",
-        loss=run.loss(
-            None if prompts is None else prompts.encode,
-            sharding.batch_sharding(run.mesh, axis=1),
-        ),
-        init=run.student.init,
-        frozen=run.frozen,
-        batches=None if prompts is None else run.prompt_batches,
-        key=jax.random.fold_in(key, 2**31),
-        training=training,
-        config=config,
-        mesh=run.mesh,
-        metadata=run.metadata,
-        interruption=run.interruption,
-        convolutional=is_convolutional(run.student.network),
-        show=gallery.TrainingGrids(run) if config.run.sample_every else None,
-    )
+    encode, batches = run.encode, student_batches.batches_of(run)
+    grids = gallery.TrainingGrids(run) if config.run.sample_every else None
+
+    def train_stage(stage: stages.Stage) -> TrainState:
+        return train(
+            stage.directory,
+            stage.name,
+            loss=run.loss(
+                encode,
+                sharding.batch_sharding(run.mesh, axis=1),
+                stage.objective,
+                stage.denoise,
+            ),
+            init=stage.init,
+            frozen=stage.frozen,
+            batches=batches,
+            key=stage.key,
+            training=stage.training,
+            config=config,
+            mesh=run.mesh,
+            metadata=stage.metadata,
+            interruption=run.interruption,
+            convolutional=is_convolutional(run.student.network),
+            show=grids if stage.is_last else None,
+        )
+
+    return stages.run_stages(run, train_stage)
 
 
 def evaluate(run: Run) -> pathlib.Path:
@@ -99,9 +105,9 @@ def evaluate(run: Run) -> pathlib.Path:
       The report's path.
     """
     pair, watch = trained_pair(run), summary.Stopwatch()
-    results, rows = judging.judge(run, pair, watch.progress)
+    results, (rows, note) = judging.judge(run, pair, watch.progress)
     return summary.write(
-        run.workdir, run.config, results, rows, pair, run.mesh, watch.seconds()
+        run.workdir, run.config, results, rows, note, pair, run.mesh, watch.seconds()
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import sharding, summary, teaching
-from boot_jax.conditions import Conditions, Encode
+from boot_jax.conditions import Conditions, Encode, prompt_encoder
 from boot_jax.guidance import NEGATIVE_KEY, Denoiser, rescaling
 from boot_jax.interruption import Interruption
 from boot_jax.models import create_network
@@ -24,6 +24,7 @@ from boot_jax.objectives import Objective
 from boot_jax.prediction import PREDICTION_TYPES
 from boot_jax.prompted import Prompts, open_prompts
 from boot_jax.prompts import prompt_batches
+from boot_jax.sampling import stored_noise
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
 from boot_jax.teachers.base import Teacher, TextEncoder, as_sampled
@@ -128,25 +129,51 @@ class Run:
         return None
 
     def loss(
-        self, encode: Encode | None, batch_sharding: NamedSharding | None = None
+        self,
+        encode: Encode | None,
+        batch_sharding: NamedSharding | None = None,
+        objective: Objective | None = None,
+        denoise: Denoiser | None = None,
     ) -> Loss:
-        """Of the distillation; see `boot_jax.training.distillation`."""
+        """Of the distillation; see `boot_jax.training.distillation`.
+
+        ``objective`` and ``denoise`` are the run's own, where there are no others.
+        """
+        objective, noise_of = objective or self.objective, None
+        if objective.reads_stored:
+            seed, shape = self.config.seed, self.teacher.sample_shape
+            noise_of = functools.partial(stored_noise, seed, sample_shape=shape)
         return distillation_loss(
             signal=self.student.signal,
-            denoise=self.denoise,
+            denoise=denoise or self.denoise,
+            student_denoise=self.student.denoise,
+            noise_of=noise_of,
             schedule=self.teacher.schedule,
-            objective=self.objective,
+            objective=objective,
             conditions=self.conditions,
             sample_shape=self.teacher.sample_shape,
             batch_size=self.config.distill.batch_size,
             batch_sharding=batch_sharding,
             encode=encode,
+            jump=self.student.jump,
         )
+
+    @property
+    def encode(self) -> Encode | None:
+        """What makes conditions of the prompts, or captions, of a batch."""
+        text = self.teacher.text
+        if text is not None and self.objective.needs_images:
+            negative = self.config.prompts.negative if self.is_guided else None
+            return prompt_encoder(text, negative)
+        return None if self.prompts is None else self.prompts.encode
 
     @property
     def frozen(self) -> Any:
         """What distillation reads and does not train, on the mesh."""
-        teacher, prompts = self.placed_teacher.params, self.prompts
+        teacher = self.placed_teacher.params
+        if self.teacher.text is not None and self.objective.needs_images:
+            return {"teacher": teacher, "text": self.placed_text.params}
+        prompts = self.prompts
         if prompts is None:
             return teacher
         if prompts.rows is prompts.cache:
@@ -177,11 +204,18 @@ class Run:
             self.teacher,
             t_max=self.objective.t_max,
             network=network,
-            time_conditioning=self.config.student.time_conditioning,
+            time_conditioning=self._time_conditioning,
             output=self.config.student.output,
             guidance_range=self.guidance_range,
             num_half_waves=self.config.student.num_half_waves,
         )
+
+    @property
+    def _time_conditioning(self) -> str:
+        chosen = self.config.student.time_conditioning
+        if chosen != "auto":
+            return chosen
+        return "added" if self.objective.has_target_time else "noise_level"
 
     def _new_network(self) -> nn.Module:
         """For the student of a teacher that has none."""

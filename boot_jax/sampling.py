@@ -17,21 +17,40 @@ from jax.sharding import Mesh
 
 from boot_jax.config import ConfigError
 from boot_jax.guidance import SCALE_KEY, Denoiser
-from boot_jax.objectives import Objective, Signal
+from boot_jax.objectives import Jump, Objective, Signal
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
-from boot_jax.solvers import ddim_step, heun_step, time_grid
+from boot_jax.solvers import (
+    add_noise,
+    ddim_step,
+    heun_step,
+    step_fraction,
+    time_grid,
+)
 from boot_jax.teachers.base import Decoder
 
 #: ``generate(eps [B, H, W, C], condition) -> images [B, H, W, C]``.
 Generator = Callable[[Array, Any], Array]
 
+# Of the noises of a stored set; no step of a run has this number.
+_STORED_STREAM = 2**31 + 1
+#: What happens between the steps of a student: see `few_steps`.
+RENOISE = ("fresh", "along")
+
 
 def image_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
     """Starting noise ``[len(indices), *sample_shape]``, one key per image."""
-    key = jax.random.key(seed)
+    return _noise(jax.random.key(seed), indices, sample_shape)
 
+
+def stored_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
+    """The same for images to learn from; that of no seed's images is among it."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return _noise(jax.random.fold_in(key, _STORED_STREAM), indices, sample_shape)
+
+
+def _noise(key: Array, indices: Any, sample_shape: tuple[int, ...]) -> Array:
     def one(index: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(key, index), sample_shape)
 
@@ -99,6 +118,86 @@ def _student_step(signal: Signal, t_min: float) -> Callable[..., Array]:
             params, eps, jnp.full(eps.shape[:1], t_min, eps.dtype), condition
         )
     )
+
+
+def few_steps(
+    jump: Jump,
+    params: Any,
+    schedule: NoiseSchedule,
+    objective: Objective,
+    num_steps: int,
+    renoise: str = "fresh",
+) -> Generator:
+    """The student in a few steps: to a sample, back to some noise, and again.
+
+    From ``x_u``, at times ``u`` on a uniform grid below ``t_max``, ``fresh`` noise is
+    added to the sample, ``x_r = alpha_r y + sigma_r eps'`` (as a consistency model is
+    sampled, arXiv 2303.01469), which mends what the last step did wrong; or the step
+    goes only ``along`` the trajectory to ``x_r``, which keeps to the one ODE. Fresh
+    noise is a function of the starting noise, so that an image does not depend on its
+    batch.
+
+    Args:
+      jump: the student; see `boot_jax.objectives.starts`.
+      params: its parameters.
+      schedule: the teacher's.
+      objective: for ``t_min`` and ``t_max``.
+      num_steps: calls of the student; 1 is `one_step`.
+      renoise: ``fresh`` or ``along``.
+
+    Raises:
+      ValueError: another ``renoise``.
+    """
+    if renoise not in RENOISE:
+        raise ValueError(f"renoise is {renoise!r}; choose one of {RENOISE}")
+    generate = _student_steps(jump, schedule, objective, num_steps, renoise)
+    return functools.partial(generate, params)
+
+
+@functools.lru_cache(maxsize=8)
+def _student_steps(
+    jump: Jump,
+    schedule: NoiseSchedule,
+    objective: Objective,
+    num_steps: int,
+    renoise: str,
+) -> Callable[..., Array]:
+    times = np.asarray(time_grid(num_steps, objective.t_max))[:-1]
+
+    def generate(params: Any, eps: Array, condition: Any) -> Array:
+        def filled(value: Any) -> Array:
+            return jnp.full(eps.shape[:1], value, eps.dtype)
+
+        u = filled(times[0])
+        x_u = expand(schedule.prior_scale(u), eps) * eps
+        for index, level in enumerate(times[1:]):
+            r = filled(level)
+            if renoise == "fresh":
+                y = jump(params, x_u, u, filled(objective.t_min), condition)
+                x_u = add_noise(schedule, y, _fresh_noise(eps, index), r)
+            else:
+                y, kappa = jump(params, x_u, u, r, condition), filled(1.0)
+                if index:  # the first step's noise is eps itself
+                    kappa = step_fraction(schedule, u, r)
+                noise = x_u / expand(schedule.sigma(u), x_u) if index else eps
+                x_u = add_noise(schedule, expand(kappa, y) * y, noise, r)
+            u = r
+        return jump(params, x_u, u, filled(objective.t_min), condition)
+
+    return jax.jit(generate)
+
+
+def _fresh_noise(eps: Array, step: int) -> Array:
+    """Noise ``[B, ...]`` of a later step, each image's from its own starting noise."""
+
+    def one(image: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32)
+        key = jax.random.key(jnp.sum(bits.ravel(), dtype=jnp.uint32))
+        return jax.random.normal(
+            jax.random.fold_in(key, step), image.shape, image.dtype
+        )
+
+    return jax.vmap(one)(eps)
 
 
 def many_steps(

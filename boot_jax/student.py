@@ -6,6 +6,10 @@ embeddings added to the time embedding, whose last layer starts at zero. Its out
 turned into the signal by the teacher's own conversion at ``t_max``. So before training
 ``y_theta(eps, t) = f(eps, t_max)`` for every ``t``, and the boundary loss is zero.
 
+The student of an objective without target times is the teacher's network as it is: its
+time input says the noise level of its input. Its signal is its estimate from the
+starting noise, whatever the target time.
+
 **Output.** The paper argues for predicting the signal, not the noisy image. To show
 why, the same output can be read as ``x_t``, the signal then being what is left of it
 without the noise that it started from (`from_noisy_image`):
@@ -26,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from boot_jax.guidance import SCALE_KEY, of_student
-from boot_jax.objectives import Signal
+from boot_jax.guidance import SCALE_KEY, Denoiser, of_student
+from boot_jax.objectives import Jump, Signal
 from boot_jax.prediction import expand, to_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.teachers.base import Teacher, TeacherError, example_condition
 
-TIME_CONDITIONINGS = ("added", "reused")
+TIME_CONDITIONINGS = ("added", "reused", "noise_level")
 
 #: What a network's output is read as.
 OUTPUTS = ("signal", "noisy_image")
@@ -47,16 +51,26 @@ class Student:
 
     Attributes:
       signal: ``(params, eps [B, H, W, C], t [B], condition) -> y_t``.
+      jump: ``(params, x_u, u [B], t [B], condition) -> y_t``: the signal as seen from
+        ``x_u`` (`boot_jax.objectives.starts`), told its time ``u`` as the teacher is;
+        None where the student's target time has taken that input's place.
       init: ``key -> params``, float32; copies of the teacher's weights where it has a
         network, as numpy arrays.
       network: the Linen module behind ``signal``.
       prediction_type: what ``network`` predicts.
+      time_conditioning: what its time input, and the added embedding if any, are told.
+      denoise: ``(params, x_t, t, condition) -> x_0``, the network called as the
+        teacher's is; None for a student with a target time, which knows no other noise
+        level than that of ``t_max``.
     """
 
     signal: Signal
+    jump: Jump | None
     init: Callable[[Array], Any]
     network: nn.Module
     prediction_type: str
+    time_conditioning: str = "added"
+    denoise: Denoiser | None = None
 
 
 def create_student(
@@ -77,7 +91,8 @@ def create_student(
       network: for a teacher without one: it then starts from random weights and
         predicts ``v_prediction``.
       time_conditioning: ``added`` embeddings, or the teacher's own time input
-        ``reused`` for the target time (worse: for comparison).
+        ``reused`` for the target time (worse: for comparison); or no target time, the
+        time input being that of the ``noise_level``.
       output: ``signal``, or ``noisy_image`` (worse: for comparison): eq. (1).
       guidance_range: ``(w_min, w_max)``, to condition on
       ``condition["guidance_scale"]``. **overrides: fields of the network to change,
@@ -109,17 +124,29 @@ def create_student(
     names += (SCALE_KEY,) if guidance_range is not None else ()
     student_network = base.clone(added_embeddings=names, **overrides)
     inherited = teacher.params if network is None else None
-    signal = _signal(
-        student_network, teacher.schedule, prediction_type, t_max, guidance_range
+    estimate = _estimate(
+        student_network, teacher.schedule, prediction_type, guidance_range
     )
+    told_noise_level = time_conditioning == "noise_level"
+    signal = _signal(estimate, teacher.schedule, t_max, time_conditioning)
     if output == "noisy_image":
         signal = from_noisy_image(signal, teacher.schedule)
     return Student(
         signal=signal,
+        jump=_jump(estimate) if TARGET_TIME in names and output == "signal" else None,
         init=_initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
+        time_conditioning=time_conditioning,
+        denoise=_denoiser(estimate) if told_noise_level else None,
     )
+
+
+def _jump(estimate: "_Estimate") -> Jump:
+    def jump(params: Any, x_u: Array, u: Array, t: Array, condition: Any) -> Array:
+        return estimate(params, x_u, u, u, condition, {TARGET_TIME: t})
+
+    return jump
 
 
 def from_noisy_image(noisy_image: Signal, schedule: NoiseSchedule) -> Signal:
@@ -156,38 +183,64 @@ def check_conversion(
         )
 
 
-def _signal(
+#: ``(params, x_t, t, own_time, condition, added) -> x_0``: the network at noise level
+#: ``t``, its time input being told ``own_time``.
+_Estimate = Callable[[Any, Array, Array, Array, Any, dict[str, Array]], Array]
+
+
+def _estimate(
     network: nn.Module,
     schedule: NoiseSchedule,
     prediction_type: str,
-    t_max: float,
     guidance_range: tuple[float, float] | None,
-) -> Signal:
-    names: tuple[str, ...] = network.added_embeddings  # type: ignore[attr-defined]
-
-    def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
-        start = jnp.full(t.shape, t_max, t.dtype)
-        own_time = start if TARGET_TIME in names else t
-        added = {TARGET_TIME: t} if TARGET_TIME in names else {}
+) -> _Estimate:
+    def estimate(
+        params: Any,
+        x_t: Array,
+        t: Array,
+        own_time: Array,
+        condition: Any,
+        added: dict[str, Array],
+    ) -> Array:
         if guidance_range is not None:
             low, high = guidance_range
-            added[SCALE_KEY] = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
+            scale = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
+            added = {**added, SCALE_KEY: scale}
             condition = {k: leaf for k, leaf in condition.items() if k != SCALE_KEY}
-        condition = of_student(condition)
-        x_t = expand(schedule.prior_scale(start), eps) * eps
         output = network.apply(
             {"params": params},
-            expand(schedule.input_scale(start), x_t) * x_t,
+            expand(schedule.input_scale(t), x_t) * x_t,
             schedule.time_input(own_time),
-            condition,
+            of_student(condition),
             added,
         )
         assert isinstance(output, Array)
         output = output[..., : x_t.shape[-1]]  # what follows is a learned variance
-        alpha_t, sigma_t = schedule.alpha(start), schedule.sigma(start)
-        return to_x_0(prediction_type, output, x_t, alpha_t, sigma_t)
+        return to_x_0(
+            prediction_type, output, x_t, schedule.alpha(t), schedule.sigma(t)
+        )
+
+    return estimate
+
+
+def _signal(
+    estimate: _Estimate, schedule: NoiseSchedule, t_max: float, time_conditioning: str
+) -> Signal:
+    def signal(params: Any, eps: Array, t: Array, condition: Any) -> Array:
+        start = jnp.full(t.shape, t_max, t.dtype)
+        own_time = t if time_conditioning == "reused" else start
+        added = {TARGET_TIME: t} if time_conditioning == "added" else {}
+        x_t = expand(schedule.prior_scale(start), eps) * eps
+        return estimate(params, x_t, start, own_time, condition, added)
 
     return signal
+
+
+def _denoiser(estimate: _Estimate) -> Denoiser:
+    def denoise(params: Any, x_t: Array, t: Array, condition: Any) -> Array:
+        return estimate(params, x_t, t, t, condition, {})
+
+    return denoise
 
 
 def _initialiser(

@@ -7,7 +7,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from boot_jax.evaluation import paired, plots, report
-from boot_jax.sampling import generate, to_images
+from boot_jax.evaluation.nearest import ShownSample
+from boot_jax.sampling import generate
 from boot_jax.training.logs import read_metrics
 from boot_jax.workdir import write_text
 
@@ -106,15 +107,21 @@ def save_animation(path: pathlib.Path, images: np.ndarray, seconds: float = 4) -
 
 
 def training_seconds(directory: pathlib.Path) -> float:
-    """What a training took in all its sessions, out of its ``metrics.jsonl``."""
-    return sum(row.get("seconds", 0.0) for row in read_metrics(directory))
+    """What a training took in all its stages and sessions, with its stored samples."""
+    folders = [directory, *(directory / "stages").glob("*")]
+    rows = [row for folder in folders for row in read_metrics(folder)]
+    stored = directory / "stored_samples" / "meta.json"
+    if stored.exists():
+        rows.append(json.loads(stored.read_text()))
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 def write(
     workdir: pathlib.Path,
     config: Any,
     results: dict[str, Any],
-    rows: Mapping[str, np.ndarray],
+    rows: Mapping[str, Sequence[ShownSample]],
+    note: str,
     pair: paired.Pair,
     mesh: Mesh,
     evaluation_seconds: float,
@@ -124,7 +131,8 @@ def write(
     Args:
       workdir: where to.
       config: of the run.
-      results, rows: of `paired.compare`.
+      results: of `paired.compare`.
+      rows, note: of `boot_jax.judging.Shown`.
       pair: who was compared; a two-dimensional one gets a plot of its map.
       mesh: of devices.
       evaluation_seconds: what the comparison took.
@@ -151,6 +159,8 @@ def write(
             results=results,
             images=images,
             config=config.to_dict(),
+            rows=rows,
+            note=note,
         )
         print(f"\n{report.summary_table(results)}\n")
     return path
@@ -159,7 +169,7 @@ def write(
 def _figures(
     workdir: pathlib.Path,
     results: Mapping[str, Any],
-    rows: Mapping[str, np.ndarray],
+    rows: Mapping[str, Sequence[ShownSample]],
     pair: paired.Pair,
     ends: list[np.ndarray] | None,
 ) -> dict[str, bytes]:
@@ -167,12 +177,12 @@ def _figures(
     if ends is not None:
         title = "where each noise goes: exact ODE and student"
         figures[title] = plots.map_scatter(*ends)
-    elif pair.teacher.image_shape[-1] in (1, 3):
-        decoder = pair.teacher.decoder
-        shown = {name: to_images(decoder, samples) for name, samples in rows.items()}
-        path = workdir / "samples" / "grid.png"
-        save_grid(path, shown)
-        figures["the same noise in each column"] = path.read_bytes()
+    if rows:
+        shown = {
+            name: np.stack([sample.image for sample in samples])
+            for name, samples in rows.items()
+        }
+        save_grid(workdir / "samples" / "grid.png", shown)
     ddim = results["teacher"]["ddim"]
     figures["quality against teacher steps"] = plots.quality_against_steps(
         [int(steps) for steps in ddim],
@@ -181,10 +191,10 @@ def _figures(
         results["features"],
         f"{results['distance_name']} (lower is better)",
     )
-    curve = results["error_over_time"]
-    figures["error of the student over target time"] = plots.error_over_time(
-        curve["times"], {"student": curve["student"]}
-    )
+    if curve := results.get("error_over_time"):
+        figures["error of the student over target time"] = plots.error_over_time(
+            curve["times"], {"student": curve["student"]}
+        )
     for name, folder in (("student", workdir), ("teacher", workdir / "teacher")):
         if metrics := read_metrics(folder):
             rows_with_loss = [row for row in metrics if "loss" in row]

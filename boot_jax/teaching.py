@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,10 +11,10 @@ import numpy as np
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import distributed, sharding, summary
-from boot_jax.batches import batches
 from boot_jax.conditions import Conditions
 from boot_jax.models import is_convolutional
 from boot_jax.schedules import NoiseSchedule
+from boot_jax.student_batches import image_batches
 from boot_jax.teachers import checkpoint as teacher_checkpoint
 from boot_jax.teachers.base import Teacher, TeacherError
 from boot_jax.teachers.diffusers import load_teacher as load_diffusers
@@ -165,7 +164,14 @@ def _train_teacher(run: "Run", folder: pathlib.Path) -> None:
         ),
         init=teacher_checkpoint.initialiser(network, dataset.image_shape, num_classes),
         frozen=None,
-        batches=functools.partial(_placed_batches, run, dataset, tokenizer),
+        batches=functools.partial(
+            image_batches,
+            run,
+            dataset,
+            training.batch_size,
+            config.data.labels,
+            tokenizer,
+        ),
         key=jax.random.key(config.seed, impl="threefry2x32"),
         training=training,
         config=config,
@@ -192,25 +198,3 @@ def _words(dataset: data_lib.Dataset) -> WordTokenizer:
         )
     some = np.arange(min(len(dataset), _CAPTIONS_FOR_WORDS))
     return WordTokenizer.from_prompts(dataset.captions(some))
-
-
-def _placed_batches(
-    run: "Run",
-    dataset: data_lib.Dataset,
-    tokenizer: WordTokenizer | None,
-    start_step: int,
-    steps_per_dispatch: int,
-) -> Iterator[Any]:
-    """Batches ``[k, B, ...]`` on the mesh, split over the second axis."""
-    for batch in batches(
-        dataset,
-        run.config.teacher.training.batch_size,
-        run.config.seed,
-        start_step,
-        steps_per_dispatch,
-        random_flip=run.config.data.random_flip,
-        tokenizer=tokenizer,
-    ):
-        if not run.config.data.labels:
-            batch.pop("label", None)
-        yield run.placed_batch(batch)

@@ -18,6 +18,7 @@ from boot_jax.config import (
     unknown,
 )
 from boot_jax.models.layers import REMAT_POLICIES
+from boot_jax.objectives import Objective
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.prompts.embeddings import DTYPES
 from boot_jax.student import OUTPUTS, TIME_CONDITIONINGS, check_conversion
@@ -37,8 +38,9 @@ _CHOICES = {
     "network.attention": ATTENTION,
     "prompts.embeddings": ("none", *DTYPES),
     "teacher.param_dtype": ("float32", "bfloat16"),
-    "student.time_conditioning": TIME_CONDITIONINGS,
+    "student.time_conditioning": ("auto", *TIME_CONDITIONINGS),
     "student.output": OUTPUTS,
+    "sample.renoise": ("fresh", "along"),
     "distill.decay": LEARNING_RATE_DECAYS,
 }
 
@@ -51,7 +53,7 @@ _POSITIVE = tuple(
         "student": "num_half_waves",
         "evaluation": "num_images num_real batch_size ode_steps error_times "
         "error_images grid_images neighbours",
-        "sample": "num batch_size",
+        "sample": "num batch_size steps",
         "run": "log_every checkpoint_every keep_checkpoints heartbeat_seconds "
         "sample_images",
         "mesh": "fsdp tensor",
@@ -91,17 +93,37 @@ def _check_training(section: str, training: Any) -> None:
 
 
 def _check_microbatches(config: Any, objective: Any) -> None:
-    """The boundary loss takes every so-many-th image: of every microbatch alike."""
+    """Shares are every so-many-th image: of every microbatch alike."""
     training = config.distill
-    stride = objective.boundary_stride
     if training.batch_size % training.microbatches:
         return  # refused with the mesh, which knows the sizes that would do
-    if training.batch_size // training.microbatches % stride:
+    size = training.batch_size // training.microbatches
+    for stride, what, share in (
+        (objective.boundary_stride, "the boundary loss takes", "boundary_share"),
+        (objective.start_stride, "a start below t_max takes", "start_share"),
+    ):
+        if size % stride:
+            raise ConfigError(
+                f"distill.batch_size / distill.microbatches is {size}, but must be a "
+                f"multiple of {stride}: {what} every {stride}th image "
+                f"(objective.{share} = {getattr(objective, share):g})"
+            )
+
+
+def _check_starts(config: Any, objective: Any) -> None:
+    """Starts below ``t_max`` are told to the student by the teacher's time input."""
+    student = config.student
+    told = student.time_conditioning in ("auto", "added")
+    if objective.start_times and not (told and student.output == "signal"):
         raise ConfigError(
-            "distill.batch_size / distill.microbatches is "
-            f"{training.batch_size // training.microbatches}, but must be a multiple "
-            f"of {stride}: the boundary loss takes every {stride}th image "
-            f"(objective.boundary_share = {objective.boundary_share:g})"
+            "objective.start_times needs student.time_conditioning='added', whose "
+            "network is told where it starts, and student.output='signal'"
+        )
+    if config.sample.steps > 1 and not objective.start_times:
+        raise ConfigError(
+            f"sample.steps is {config.sample.steps}, but the student only learned to "
+            "start from noise; train it with objective.start_times=(0.1, 1.0), or set "
+            "sample.steps=1"
         )
 
 
@@ -182,10 +204,35 @@ def _check_attention(config: Any) -> None:
             "network.dtype='bfloat16', or network.attention='auto'"
         )
     objective = config.objective
-    if objective.kind == "continuous" and objective.derivative == "jvp":
+    if objective.kind in ("continuous", "pid") and objective.derivative == "jvp":
         raise ConfigError(
             "network.attention is 'cudnn', which has no jvp: set "
             "objective.derivative='finite_difference' or network.attention='xla'"
+        )
+
+
+def _check_kind(config: Any, objective: Objective) -> None:
+    """Refuses what does not go with the objective's kind."""
+    kind, told = objective.kind, config.student.time_conditioning
+    if told != "auto" and (told != "noise_level") != objective.has_target_time:
+        fitting = (
+            "'added' or 'reused'" if objective.has_target_time else "'noise_level'"
+        )
+        raise ConfigError(
+            f"student.time_conditioning is {told!r}, but objective.kind {kind!r} needs "
+            f"{fitting}; 'auto' chooses it"
+        )
+    exact = config.teacher.source == "mixture"
+    if objective.needs_images and not config.data.name and not exact:
+        raise ConfigError(
+            f"objective.kind {kind!r} needs real images: set data.name; boot, "
+            "continuous, pid and direct do not"
+        )
+    if config.distill.num_steps < objective.num_stages:
+        raise ConfigError(
+            f"distill.num_steps is {config.distill.num_steps}, but must be at least "
+            f"{objective.num_stages}, the stages of objective.teacher_steps = "
+            f"{objective.teacher_steps}"
         )
 
 
@@ -206,6 +253,8 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
+    _check_starts(config, objective)
+    _check_kind(config, objective)
     if config.teacher.source in ("train", "checkpoint", "mixture"):
         prediction = config.teacher.prediction_type
         if config.teacher.source == "mixture":

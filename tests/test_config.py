@@ -88,6 +88,30 @@ def test_the_default_is_valid_and_locked():
         ({"objective__delta": 1.0}, "objective: delta is 1.0; between 0 and"),
         ({"objective__boundary_share": 0.0}, "objective: ; boundary_share is 0.0"),
         ({"objective__adaptive_offset": 0.0}, "adaptive_offset is 0.0; positive"),
+        (
+            {
+                "objective__kind": "direct",
+                "student__time_conditioning": "added",
+            },
+            "time_conditioning is 'added'; 'direct' needs 'noise_level'; 'auto'",
+        ),
+        (
+            {"student__time_conditioning": "noise_level"},
+            "time_conditioning is 'noise_level'; 'boot' needs 'added' or 'reused'",
+        ),
+        (
+            {
+                "objective__kind": "progressive",
+                "teacher__source": "diffusers",
+                "teacher__path": "some/folder",
+                "data__name": "",
+            },
+            "'progressive' needs real images: set data.name; pid and direct do not",
+        ),
+        (
+            {"objective__kind": "progressive", "distill__num_steps": 3},
+            "distill.num_steps is 3; at least 4, the stages; teacher_steps = 16",
+        ),
         ({"teacher__guidance_scale": 2.0}, "class-conditional; data.labels=True"),
         (
             {"teacher__guidance_range": (3.0, 1.0), "data__labels": True},
@@ -222,8 +246,10 @@ def test_a_run_may_be_looked_at_and_moved_otherwise():
     assert differences(default_config().to_dict(), new.to_dict()) == []
 
 
-def test_a_field_that_one_of_them_lacks_is_a_difference():
+def test_a_field_that_an_older_config_lacks_had_its_default():
     old, new = default_config().to_dict(), default_config().to_dict()
     del old["objective"]["adaptive_power"]
-    assert differences(old, new) == ["objective.adaptive_power: None -> 0.0"]
+    assert differences(old, new) == []
     assert differences(new, old) == ["objective.adaptive_power: 0.0 -> None"]
+    new["objective"]["adaptive_power"] = 1.0
+    assert differences(old, new) == ["objective.adaptive_power: 0.0 -> 1.0"]

@@ -16,13 +16,13 @@ PACKAGE = "boot_jax"
 # A package stands for all of its modules.
 FLOORS = {
     0: "schedules prediction solvers guidance objectives",
-    1: "models",
+    1: "models jsons",
     2: "conditions teachers student tokenizers",
     3: "config validation sharding distributed interruption data shapes batches "
     "prompts workdir training",
     4: "sampling evaluation summary export",
     5: "main pipeline run inspection teaching prompted trained gallery judging "
-    "comparing",
+    "stages stored student_batches comparing",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 GROUND = FLOORS[0].split()

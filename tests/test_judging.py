@@ -1,6 +1,9 @@
 """Evaluations by the command: figures by choice, references, self-test, networks."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,10 @@ from command import DIGITS, MIXTURE, command, write_config
 from safetensors.numpy import save_file
 from torch_inception import random_inception
 from torch_lpips import TorchLpips
+
+from boot_jax import judging
+from boot_jax.evaluation.features import get_features
+from boot_jax.evaluation.reference import Measured, measure
 
 # A run that learns next to nothing: what is looked at is how it is judged.
 TINY = (
@@ -83,6 +90,59 @@ def test_all_figures_of_pixels_with_the_self_test(run, capsys):
     assert "95 % intervals of the student: Fréchet distance" in shown
     low, high = results["student"]["intervals"]["recall"]
     assert f"({low:.3f} to {high:.3f})" in page
+    assert "No samples are shown: they are 1x1x2, and no images." in page
+
+
+def shown(real: Measured | None, nearest_images: int = 2) -> judging.Shown:
+    """Two rows of three 4x4 samples, the second a copy of real images."""
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(-1, 1, (3, 4, 4, 1)).astype(np.float32)
+    rows = {"made": samples, "copied": IMAGES[[9, 4, 7]]}
+    options = SimpleNamespace(nearest_images=nearest_images)
+    run = SimpleNamespace(config=SimpleNamespace(evaluation=options), prompts=None)
+    teacher = SimpleNamespace(
+        decoder=None, image_shape=(4, 4, 1), sample_shape=(4, 4, 1)
+    )
+    pair = SimpleNamespace(
+        teacher=teacher, condition=lambda indices: {"label": indices + 5}
+    )
+    features = get_features("pixels", (4, 4, 1))
+    given: Any = (run, pair, features, real, rows)
+    return judging.show(*given)
+
+
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (12, 4, 4, 1)).astype(np.float32)
+
+
+def measured() -> Measured:
+    found = measure([IMAGES], get_features("pixels", (4, 4, 1)), "noise")
+    return dataclasses.replace(found, images=IMAGES.__getitem__)
+
+
+def test_samples_are_shown_with_the_real_images_nearest_to_them():
+    rows, note = shown(measured())
+    assert note == "" and [len(row) for row in rows.values()] == [3, 3]
+    nearest = [sample.neighbours[0] for sample in rows["copied"]]
+    assert [near.index for near in nearest] == [9, 4, 7]
+    assert all(near.distance == 0.0 for near in nearest)
+    np.testing.assert_array_equal(nearest[0].image, IMAGES[9])
+    assert [sample.caption for sample in rows["made"]] == [
+        f"class {label}" for label in (5, 6, 7)
+    ]
+    assert all(len(s.neighbours) == 2 for row in rows.values() for s in row)
+
+
+def test_where_there_are_no_neighbours_it_is_said_why():
+    stored = dataclasses.replace(measured(), images=None)
+    for given, k, words in (
+        (None, 2, "the config names no data"),
+        (stored, 2, "only statistics are at hand"),
+        (measured(), 0, "nearest_images is 0"),
+    ):
+        rows, note = shown(given, k)
+        assert words in note
+        assert [len(row) for row in rows.values()] == [3, 3]
+        assert not any(s.neighbours for row in rows.values() for s in row)
 
 
 @pytest.mark.slow

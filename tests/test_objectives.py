@@ -338,7 +338,10 @@ def test_progressive_times_move_down():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kind": "bot"}, r"kind is 'bot'; choose one of \('boot', 'continuous'\)"),
+        (
+            {"kind": "bot"},
+            r"kind is 'bot'; choose one of \('boot', 'continuous', 'pid'",
+        ),
         ({"solver": "euler"}, r"solver is 'euler'; choose one of \('ddim', 'heun'\)"),
         ({"weighting": "snr"}, "weighting is 'snr'; choose one of .'x0', 'dt', 'unif"),
         ({"target_network": "none"}, "target_network is 'none'; choose one of .'onli"),
@@ -352,6 +355,28 @@ def test_progressive_times_move_down():
         ({"boundary_weight": -1.0}, "boundary_weight is -1.0 .* at least 0, and in"),
         ({"boundary_share": 0.0}, "boundary_share is 0.0; at least 0, and in .0, 1"),
         ({"boundary_share": 1.5}, "boundary_share is 1.5; at least 0, and in .0, 1"),
+        (
+            {"teacher_steps": 0},
+            "teacher_steps is 0, grid_power .* at least 1, positive",
+        ),
+        ({"grid_power": 0.0}, "grid_power 0.0 .* at least 1, positive, and at least 0"),
+        (
+            {"stored_samples": -1},
+            "stored_samples -1; at least 1, positive, and",
+        ),
+        (
+            {"kind": "progressive", "teacher_steps": 12},
+            "teacher_steps is 12, but progressive halves it .* a power of two .* 16",
+        ),
+        ({"kind": "progressive", "teacher_steps": 1}, "teacher_steps is 1, but progr"),
+        (
+            {"kind": "pid", "target_network": "ema"},
+            "target_network is 'ema', which pid does not have; it is for boot, cont",
+        ),
+        (
+            {"kind": "direct", "time_order": "progressive"},
+            "time_order is 'progressive', which direct does not have; it is for boot",
+        ),
     ],
 )
 def test_an_objective_without_meaning_is_refused(options, message):

@@ -2,15 +2,11 @@ import base64
 import json
 import os
 import re
-from html.parser import HTMLParser
 
 import pytest
-from PIL import Image
+from html_pages import EVIL, Page, png, shown_rows
 
-from boot_jax.evaluation import plots
 from boot_jax.evaluation.report import headline, summary_table, write_report
-
-VOID = {"meta", "img", "br", "link", "input", "hr", "col"}
 
 
 def sampler(distance: float, error: float, seconds: float) -> dict[str, float]:
@@ -49,42 +45,6 @@ def results() -> dict:
     return json.loads(json.dumps(made))
 
 
-class Page(HTMLParser):
-    """Tags with attributes, cells of tables and text; unbalanced tags fail."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-        if self.open and self.open[-1] != "style":
-            self.text += data
-
-
-def png(shade: int = 0) -> bytes:
-    return plots.encode_png(Image.new("RGB", (4, 3), (shade, shade, shade)))
-
-
 def written(tmp_path, results, **extra) -> tuple[str, Page]:
     path = tmp_path / "report.html"
     given = {"title": "Digits", "images": {}, "config": {}} | extra
@@ -102,7 +62,8 @@ def test_page_is_well_formed_and_needs_no_other_file(tmp_path, results):
     assert page.startswith("<!DOCTYPE html>")
     names = [tag for tag, _ in parsed.tags]
     assert not {"script", "link", "iframe", "object", "a"} & set(names)
-    assert "http" not in page and "url(" not in page and "@import" not in page
+    assert "http:" not in page and "https:" not in page
+    assert "url(" not in page and "@import" not in page
     sources = [a["src"] for tag, a in parsed.tags if tag == "img"]
     prefix = "data:image/png;base64,"
     assert all(source.startswith(prefix) for source in sources)
@@ -160,7 +121,12 @@ def judged(results) -> dict:
     """With the features of FID, more figures, intervals, a floor and a warning."""
     student = results["student"]
     student |= {"kernel_distance": 0.00123, "inception_score": 2.5, "lpips": 0.0421}
-    student["intervals"] = {"frechet_distance": [0.31, 0.36], "recall": [0.65, 0.75]}
+    student["intervals"] = {
+        "frechet_distance": [0.31, 0.36],
+        "recall": [0.65, 0.75],
+        "seconds_per_image": [1.5e-5, 2.5e-5],
+    }
+    student["kernel_distance_deviation"] = 0.0002
     results["selftest"] = {
         "num_images": 900,
         "num_reference": 897,
@@ -184,7 +150,8 @@ def test_page_shows_intervals_the_floor_and_warnings(tmp_path, judged):
     student = next(row for row in parsed.rows if row and row[0] == "student, 1 step")
     assert student[2] == "0.331 (0.310 to 0.360)"
     assert student[5] == "0.700 (0.650 to 0.750)"
-    assert student[6:9] == ["0.00123", "2.50", "0.0421"]
+    assert student[6:9] == ["0.00123 (± 0.00020 between subsets)", "2.50", "0.0421"]
+    assert student[9] == "0.0200 (0.0150 to 0.0250)"
     floor = next(row for row in parsed.rows if row and row[0] == "900 real images")
     assert floor[1:4] == ["–", "0.021", "–"] and floor[5] == "0.950"
     assert "a perfect sampler would get: FID 0.021 with 900 images" in parsed.text
@@ -196,12 +163,14 @@ def test_page_shows_intervals_the_floor_and_warnings(tmp_path, judged):
 def test_the_terminal_says_intervals_below_its_table(judged):
     text = summary_table(judged)
     assert "FID 0.331 (pixels" in text and "FID ↓" in text and "KID ↓" in text
-    last = text.splitlines()[-3:]
+    last = text.splitlines()[-4:]
     assert last[0] == (
         "95 % intervals of the student: FID 0.310 to 0.360, recall 0.650 to 0.750"
     )
-    assert last[1].startswith("a perfect sampler would get: FID 0.021")
-    assert last[2] == "warning: too few <images>"
+    # On the curve of 8 steps at 0.49 and 16 at 0.28.
+    assert last[1] == "over the student's interval it is worth 11.7 to 14.1 DDIM steps"
+    assert last[2].startswith("a perfect sampler would get: FID 0.021")
+    assert last[3] == "warning: too few <images>"
 
 
 def test_pixels_distances_are_never_called_fid(tmp_path, results):
@@ -211,7 +180,7 @@ def test_pixels_distances_are_never_called_fid(tmp_path, results):
 
 
 def test_everything_is_escaped(tmp_path, results):
-    evil = "<script>alert('\"&')</script>"
+    evil = EVIL
     results |= {
         "features": evil,
         "data": evil,
@@ -231,6 +200,38 @@ def test_everything_is_escaped(tmp_path, results):
     assert page.count("&lt;script&gt;") == parsed.text.count("<script>") + 1  # the alt
     assert [a["alt"] for tag, a in parsed.tags if tag == "img"] == [evil]
     assert [f"{evil}.{evil}", evil] in parsed.rows
+
+
+def test_samples_of_the_page_have_their_neighbours(tmp_path, results):
+    rows, _, _ = shown_rows(("teacher", EVIL), ("a", "b", EVIL, "d"))
+    images = {"the plot": png(2)}
+    page, parsed = written(tmp_path, results, images=images, rows=rows)
+    assert page.count("<script") == 2  # the data and ours
+    assert page.index("sample 1") < page.index("<thead") < page.index("the plot")
+    names = [(tag, attrs.get("class")) for tag, attrs in parsed.tags]
+    assert names.count(("button", "sample")) == 8 and names.count(("div", "row")) == 2
+    samples = parsed.data["samples"]
+    assert [sample["caption"] for sample in samples] == ["a", "b", EVIL, "d"] * 2
+    assert samples[4]["title"] == f"{EVIL}: sample 1"
+    copied, place = samples[1], samples[1]["near"][0][0]
+    assert copied["near"][0] == [place, "real image 17, distance 0.000"]
+    assert "no real image has another as near" in copied["told"]
+    sources = [a["src"] for tag, a in parsed.tags if tag == "img" and "src" in a]
+    assert parsed.data["images"][place] == sources[1]  # the copy, to the pixel
+
+
+def test_samples_without_neighbours_are_plain_and_say_why(tmp_path, results):
+    rows, _, _ = shown_rows()
+    plain = {
+        name: [type(sample)(image=sample.image) for sample in samples]
+        for name, samples in rows.items()
+    }
+    note = "No neighbours are shown: the config names no <data>."
+    page, parsed = written(tmp_path, results, rows=plain, note=note)
+    assert note in parsed.text and "<data>" not in page
+    names = [(tag, attrs.get("class")) for tag, attrs in parsed.tags]
+    assert names.count(("span", "sample")) == 8
+    assert not {"button", "dialog"} & {tag for tag, _ in parsed.tags}
 
 
 @pytest.mark.parametrize("results", [{}, {"student": None, "teacher": {"ddim": None}}])

@@ -215,7 +215,7 @@ def test_neither_transformers_nor_torch_is_imported(tmp_path):
         ("merges.txt", None, "it needs vocab.json and merges.txt, or tokenizer.json"),
         ("vocab.json", None, "it needs vocab.json and merges.txt, or tokenizer.json"),
         ("vocab.json", "{", r"vocab\.json cannot be read .*; fetch it again"),
-        ("vocab.json", "[]", r"vocab\.json is not a JSON object; fetch it again"),
+        ("vocab.json", "[]", r"vocab\.json holds no JSON object; fetch it again"),
         ("merges.txt", "#version\nzz qq\n", "is damaged .*; fetch it again"),
         ("merges.txt", "#version\na b c\n", "is damaged .*; fetch it again"),
         ("tokenizer_config.json", "\x00", "cannot be read .*; fetch it again"),

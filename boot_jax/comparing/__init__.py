@@ -2,8 +2,8 @@
 
 `compare` trains every method that ``config.compare`` names from every seed within every
 budget, scores all against the same teacher, and writes ``comparison.json``, a table in
-Markdown, a plot and a grid. What is there already is not done again, and processes may
-share the work; docs/comparing.md has more.
+Markdown, a plot, a grid and a page. What is there already is not done again, and
+processes may share the work; docs/comparing.md has more.
 """
 
 import json
@@ -21,9 +21,9 @@ from boot_jax.comparing.methods import check_section, methods_of
 from boot_jax.comparing.scoring import Scorer
 from boot_jax.evaluation import comparison as comparison_lib
 from boot_jax.evaluation import plots
+from boot_jax.evaluation.comparison_page import write_comparison
 from boot_jax.evaluation.teacher_side import TeacherSide
 from boot_jax.run import Run
-from boot_jax.sampling import to_images
 from boot_jax.workdir import write_text
 
 _BUDGETS = {
@@ -43,7 +43,7 @@ def compare(run: Run) -> pathlib.Path:
       run: of the config, in the workdir of the comparison.
 
     Returns:
-      The path of the table.
+      The path of the page.
 
     Raises:
       ConfigError: ``config.compare`` makes no sense.
@@ -68,7 +68,7 @@ def compare(run: Run) -> pathlib.Path:
     left = _run_all(cells, scorer)
     done = [cell for cell in cells if cell not in left]
     comparison = _comparison(run, scorer, side, done, left)
-    return _write(run, comparison, side, done)
+    return _write(run, comparison, scorer, side, done)
 
 
 def _say(text: str) -> None:
@@ -117,20 +117,39 @@ def _comparison(
 
 
 def _write(
-    run: Run, comparison: dict[str, Any], side: TeacherSide, done: list[Cell]
+    run: Run,
+    comparison: dict[str, Any],
+    scorer: Scorer,
+    side: TeacherSide,
+    done: list[Cell],
 ) -> pathlib.Path:
-    path = run.workdir / "comparison.md"
+    path = run.workdir / "comparison.html"
+    shown = scorer.show(_rows(run, side, done))
 
     def write() -> None:
         table = comparison_lib.markdown(comparison)
         text = json.dumps(comparison, indent=2, allow_nan=False)
         write_text(run.workdir / "comparison.json", text + "\n")
-        write_text(path, table)
+        write_text(run.workdir / "comparison.md", table)
+        figures: dict[str, bytes] = {}
         if any(method["figures"] for method in comparison["methods"]):
-            plot = _plot(comparison)
+            plot = figures["quality against budget"] = _plot(comparison)
             (run.workdir / "comparison.png").write_bytes(plot)
-        rows = _rows(run, side, done)
-        summary.save_grid(run.workdir / "samples" / "comparison.png", rows)
+        images = {
+            name: np.stack([sample.image for sample in samples])
+            for name, samples in shown.rows.items()
+        }
+        if images:
+            summary.save_grid(run.workdir / "samples" / "comparison.png", images)
+        write_comparison(
+            path,
+            title=run.config.title,
+            comparison=comparison,
+            images=figures,
+            rows=shown.rows,
+            config=run.config.to_dict(),
+            note=shown.note,
+        )
         print(f"\n{table}\n")
 
     distributed.on_main(write)
@@ -145,8 +164,7 @@ def _rows(run: Run, side: TeacherSide, done: list[Cell]) -> dict[str, np.ndarray
             samples = cell.shown()
             if samples is not None:
                 rows[cell.method.name] = samples
-    decoder = run.teacher.decoder
-    return {name: to_images(decoder, samples) for name, samples in rows.items()}
+    return rows
 
 
 def _plot(comparison: dict[str, Any]) -> bytes:

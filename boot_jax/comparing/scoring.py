@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ class Scorer:
         self.progress, self._base = progress, base
         # In a run of its own, so that the base keeps no teacher on the device.
         reader = dataclasses.replace(base, loaded_teacher=base.teacher)
-        pair = pair_of(reader, None)
+        self._pair = pair = pair_of(reader, None)
+        self._reader = reader
         self.judge = judging.judge_of(reader, pair, progress)
         tokens = b"" if pair.tokens is None else pair.tokens.tobytes()
         self._about = {
@@ -89,6 +90,13 @@ class Scorer:
             "negative": config["sample"]["negative_prompt"],
             "evaluation": config["evaluation"],
         }
+
+    def show(self, rows: Mapping[str, np.ndarray]) -> judging.Shown:
+        """Samples by name with the real images that are nearest to them."""
+        scoring = self.judge.scoring
+        return judging.show(
+            self._reader, self._pair, scoring.features, scoring.reference, rows
+        )
 
     def score(self, run: Run) -> Scored:
         """Scores the student of a run that is trained."""

@@ -5,7 +5,6 @@ of image and text, no less than 0; here times 100, as papers on text-to-image mo
 have it (Hessel et al. multiply by 2.5). It depends on the model, which is named.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from PIL import Image
 
 from boot_jax.evaluation.features import FeatureError
 from boot_jax.evaluation.plots import to_uint8
+from boot_jax.jsons import read_object
 from boot_jax.models import clip, clip_vision
 from boot_jax.models.clip import CLIPTextEncoder
 from boot_jax.models.clip_vision import CLIPVisionEncoder
@@ -62,7 +62,7 @@ class Preprocessor(NamedTuple):
         path = folder / "preprocessor_config.json"
         if not path.is_file():
             return cls(image_size, image_size)
-        config = _read_json(path)
+        config = read_object(path, FeatureError)
         size, crop = config.get("size", image_size), config.get("crop_size", image_size)
         if isinstance(size, dict):
             size = size.get("shortest_edge", size.get("height"))
@@ -136,7 +136,7 @@ class ClipScorer:
                 f"evaluation.clip: {folder} holds no config.json; give the folder of a "
                 "CLIPModel, such as a download of openai/clip-vit-base-patch16"
             )
-        config = _read_json(folder / "config.json")
+        config = read_object(folder / "config.json", FeatureError)
         if config.get("model_type") != "clip":
             raise FeatureError(
                 f"evaluation.clip: {folder} is a {config.get('model_type')!r}, but a "
@@ -193,15 +193,3 @@ class ClipScorer:
         placed = place((tokens, prepared), batch_sharding(self._mesh))
         found = to_host(self._cosines(self._params, *placed))[:count]
         return 100.0 * np.maximum(found.astype(np.float64), 0.0)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FeatureError(
-            f"{path} cannot be read ({error}); fetch it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise FeatureError(f"{path} is not a JSON object; fetch it again")
-    return found

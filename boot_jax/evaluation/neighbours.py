@@ -51,7 +51,7 @@ class Terms(NamedTuple):
     variety: Floats
 
 
-def _squared_distances(a: Floats, b: Floats) -> Iterator[tuple[slice, Floats]]:
+def squared_distances(a: Floats, b: Floats) -> Iterator[tuple[slice, Floats]]:
     """Blocks of rows of the squared distances between ``a`` and ``b``.
 
     Of narrow features the differences are squared, which is exact for equal points. Of
@@ -76,7 +76,7 @@ def _squared_radii(features: Floats, k: int) -> Floats:
     distances are rounded, the radii are larger by more than the rounding.
     """
     radii = np.empty(len(features))
-    for rows, distances in _squared_distances(features, features):
+    for rows, distances in squared_distances(features, features):
         # Sorted, the nearest is the point itself (or its double), at distance 0.
         radii[rows] = np.partition(distances, k, axis=1)[:, k]
     if features.shape[1] > _WIDE:
@@ -106,7 +106,7 @@ def precision_recall_terms(real: ArrayLike, generated: ArrayLike, k: int = 3) ->
     generated_radii = _squared_radii(generated, k)
     precise = np.zeros(len(generated), bool)
     recalled = np.zeros(len(real), bool)
-    for rows, distances in _squared_distances(generated, real):
+    for rows, distances in squared_distances(generated, real):
         precise[rows] = (distances <= real_radii[None, :]).any(axis=1)
         recalled |= (distances <= generated_radii[rows, None]).any(axis=0)
     return Terms(precise.astype(np.float64), recalled.astype(np.float64))
@@ -140,7 +140,7 @@ def density_coverage_terms(real: ArrayLike, generated: ArrayLike, k: int = 5) ->
     radii = _squared_radii(real, k)
     density = np.empty(len(generated))
     covered = np.zeros(len(real), bool)
-    for rows, distances in _squared_distances(generated, real):
+    for rows, distances in squared_distances(generated, real):
         inside = distances <= radii[None, :]
         density[rows] = inside.sum(axis=1) / k
         covered |= inside.any(axis=0)
@@ -176,7 +176,7 @@ def pairwise_distance_terms(features: ArrayLike) -> Floats:
     """
     given = checked_features(features, at_least=2)
     terms = np.empty(len(given))
-    for rows, squared in _squared_distances(given, given):
+    for rows, squared in squared_distances(given, given):
         count = len(squared)
         squared[np.arange(count), np.arange(count) + rows.start] = 0.0
         terms[rows] = np.sqrt(squared).sum(axis=1) / (len(given) - 1)

@@ -30,7 +30,7 @@ def check_options(config: Any) -> None:
             )
     if options.features == "inception" and not options.weights:
         raise ConfigError(f"evaluation.weights is empty; {MISSING}")
-    for name in ("bootstrap", "kernel_subset_size"):
+    for name in ("bootstrap", "kernel_subset_size", "nearest_images"):
         if options[name] < 0:
             raise ConfigError(
                 f"evaluation.{name} is {options[name]}, but must be positive, or 0"

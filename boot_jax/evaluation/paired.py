@@ -214,10 +214,11 @@ def _results(
         "student": scores.as_dict(),
         "teacher": {"ddim": side.ddim, "ode": side.ode},
     }
-    scoring.progress("error over target time")
-    results["error_over_time"] = error_over_time(
-        pair, options, scoring.mesh, side.exact
-    )
+    if pair.objective.has_target_time:
+        scoring.progress("error over target time")
+        results["error_over_time"] = error_over_time(
+            pair, options, scoring.mesh, side.exact
+        )
     results |= _equivalent(results)
     results["features"], results["num_images"] = features.name, options["num_images"]
     results["distance_name"] = features.distance_name

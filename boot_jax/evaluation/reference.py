@@ -14,7 +14,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class Measured:
         nothing that compares images one by one can be had.
       variance: their total variance; None where it is not known.
       provenance: where they are from.
+      images: gives the images that rows of ``description`` are of; None where they are
+        not at hand.
     """
 
     statistics: FeatureStatistics
@@ -94,6 +96,7 @@ class Measured:
     description: Description | None = None
     variance: float | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: Callable[[NDArray[Any]], NDArray[Any]] | None = None
 
 
 def measure(

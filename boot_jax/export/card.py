@@ -11,10 +11,21 @@ import jax
 from boot_jax.evaluation.report import summary_table
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.export.folding import StockModel
+from boot_jax.objectives import Objective
 from boot_jax.teachers.folder import Component, locate, read_components
 
 #: Front-matter fields that say under which terms a model may be used.
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+# How a student of each kind was made, and from which paper.
+_METHODS = {
+    "boot": "bootstrapping along the teacher's ODE (Gu et al., 2306.05544)",
+    "continuous": "bootstrapping along the teacher's ODE (Gu et al., 2306.05544)",
+    "pid": "physics-informed distillation (Tee et al., 2411.08378)",
+    "direct": "regression on the teacher's samples (Luhman and Luhman, 2101.02388)",
+    "progressive": "progressive distillation (Salimans and Ho, 2202.00512)",
+    "consistency": "consistency distillation (Song et al., 2303.01469)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +88,7 @@ def model_card(
         f"# {config.title}: a one-step student",
         "This network makes an image from noise in **one** call. It was distilled "
         f"from {origin.description} (fingerprint `{origin.fingerprint}`) by boot_jax, "
-        "without training data, by bootstrapping along the teacher's ODE (Gu et al., "
-        "[arXiv 2306.05544](https://arxiv.org/abs/2306.05544)).",
+        + _method(finished.objective),
         _facts(finished, config),
         "## Use",
         _use_diffusers(finished, stock, why_no_stock),
@@ -96,6 +106,15 @@ def model_card(
         _licence(origin),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _method(objective: Objective) -> str:
+    words, number = _METHODS[objective.kind].removesuffix(")").rsplit(" ", 1)
+    data = "with" if objective.needs_images else "without"
+    return (
+        f"{data} training data, by {words} "
+        f"[arXiv {number}](https://arxiv.org/abs/{number}))."
+    )
 
 
 def _front_matter(origin: Origin, stock: StockModel | None) -> str:

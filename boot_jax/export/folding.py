@@ -44,7 +44,6 @@ from flax.traverse_util import flatten_dict
 
 from boot_jax.export.finished import FinishedStudent
 from boot_jax.prediction import to_x_0
-from boot_jax.student import TARGET_TIME
 from boot_jax.teachers.base import example_condition
 from boot_jax.teachers.folder import Component
 
@@ -130,9 +129,8 @@ def constant_embedding(finished: FinishedStudent, parts: Collection[str]) -> np.
 
 def frozen_time(finished: FinishedStudent) -> float:
     """The time that the student's network is told, in the network's own units."""
-    names = finished.network.added_embeddings  # type: ignore[attr-defined]
-    times = finished.objective
-    t = times.t_max if TARGET_TIME in names else times.t_min
+    times, told = finished.objective, finished.student.time_conditioning
+    t = times.t_min if told == "reused" else times.t_max
     return float(finished.teacher.schedule.time_input(jnp.asarray([t]))[0])
 
 

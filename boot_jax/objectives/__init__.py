@@ -38,6 +38,9 @@ the loss of a student that predicts noisy images.
 and eq. (5) is the boundary condition; elsewhere the boundary loss is added all the
 same.
 
+**Rivals** on the same floor, each derived in its own module: `pid_loss`, `direct_loss`,
+`progressive_loss`, `consistency_loss`.
+
 **Adaptive weights.** Early on, ``dy_theta / dt`` can run away before the student has
 learned to follow it, and the damage to the weights it started from stays. Dividing each
 image's distance ``d`` by its own size bounds every image's pull:
@@ -51,11 +54,18 @@ The losses are pure: no state, no globals, nothing but arrays and the two functi
     denoise(params, x_t, t, condition) -> x_0        the teacher
     signal(params, eps, t, condition) -> y_t         the student
 
-so they can be jitted, differentiated, vmapped and sharded by anybody's training loop.
+(and for the rivals that need them real images, and the student as a denoiser), so they
+can be jitted, differentiated, vmapped and sharded by anybody's training loop.
 """
 
+from collections.abc import Callable
+
+from jax import Array
+
 from boot_jax.objectives.base import (
+    IMAGE_KINDS,
     KINDS,
+    TARGET_TIME_KINDS,
     Distance,
     Objective,
     Signal,
@@ -63,19 +73,50 @@ from boot_jax.objectives.base import (
     squared_error,
 )
 from boot_jax.objectives.boot import boot_loss
+from boot_jax.objectives.consistency import consistency_function, consistency_loss
 from boot_jax.objectives.continuous import continuous_loss
+from boot_jax.objectives.direct import direct_loss
+from boot_jax.objectives.pid import pid_loss
+from boot_jax.objectives.progressive import progressive_loss
+from boot_jax.objectives.starts import (
+    Jump,
+    StartedSchedule,
+    draw_starts,
+    started_loss,
+)
 
-#: The losses by ``objective.kind``; all of one signature.
-LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
+#: The losses by ``objective.kind``: ``(params, teacher_params, eps, t, condition, *,
+#: signal, denoise, schedule, objective, target_params) -> (loss, metrics)``, as
+#: `boot_loss` describes them. Kinds that learn from real images also need ``images``
+#: and ``student_denoise``; ``direct`` may be given ``targets``.
+LOSSES: dict[str, Callable[..., tuple[Array, dict[str, Array]]]] = {
+    "boot": boot_loss,
+    "continuous": continuous_loss,
+    "pid": pid_loss,
+    "direct": direct_loss,
+    "progressive": progressive_loss,
+    "consistency": consistency_loss,
+}
 
 __all__ = [
+    "IMAGE_KINDS",
     "KINDS",
     "LOSSES",
+    "TARGET_TIME_KINDS",
     "Distance",
+    "Jump",
     "Objective",
     "Signal",
+    "StartedSchedule",
     "boot_loss",
+    "consistency_function",
+    "consistency_loss",
     "continuous_loss",
+    "direct_loss",
+    "draw_starts",
     "draw_times",
+    "pid_loss",
+    "progressive_loss",
     "squared_error",
+    "started_loss",
 ]

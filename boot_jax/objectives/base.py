@@ -23,7 +23,11 @@ Signal = Callable[[Any, Array, Array, Any], Array]
 #: ``distance(images, targets) -> [B]``.
 Distance = Callable[[Array, Array], Array]
 
-KINDS = ("boot", "continuous")
+KINDS = ("boot", "continuous", "pid", "direct", "progressive", "consistency")
+#: Kinds whose student is told a target time; the others' is told its noise level.
+TARGET_TIME_KINDS = ("boot", "continuous", "pid")
+#: Kinds that learn from real images.
+IMAGE_KINDS = ("progressive", "consistency")
 WEIGHTINGS = ("x0", "dt", "uniform", "noisy_image")
 TARGET_NETWORKS = ("online", "ema")
 TIME_ORDERS = ("uniform", "progressive")
@@ -40,21 +44,34 @@ class Objective:
     """What is minimised, and the choices that the paper leaves open.
 
     Attributes:
-      kind: ``boot`` (eq. 4) or ``continuous`` (eq. 5).
+      kind: ``boot`` (eq. 4), ``continuous`` (eq. 5), or a rival, each derived in its
+        own module: ``pid``, ``direct``, ``progressive``, ``consistency``.
       t_min: the time of the one-step sample.
       t_max: the time of the starting noise.
       delta: the bootstrap's step in ``t``; also that of a finite difference.
-      solver: the teacher's step in the target, ``ddim`` or ``heun``.
+      solver: the teacher's step in the target, ``ddim`` or ``heun``; ``progressive``
+        always takes ``ddim``.
       weighting: ``x0``, ``dt``, ``uniform`` or ``noisy_image``: see the module's
         docstring.
-      boundary_weight: ``beta`` of eq. (4); 0 turns the boundary loss off.
+      boundary_weight: ``beta`` of eq. (4); 0 turns the boundary loss off, which the
+        kinds without a target time never have.
       boundary_share: the share of the batch that the boundary loss is taken on.
       target_network: whose signal makes the target, ``online`` or ``ema``.
       time_order: ``uniform``, or ``progressive`` from ``t_max`` down, which accumulates
         errors and is here to show that.
-      derivative: ``jvp`` or ``finite_difference``, for ``continuous``.
+      derivative: ``jvp`` or ``finite_difference``, for ``continuous`` and ``pid``.
       adaptive_power: ``p`` of eq. (6); 0 turns it off.
       adaptive_offset: ``c`` of eq. (6), in units of the distance; positive.
+      teacher_steps: of the teacher's sampler that ``direct`` regresses on, of the first
+        teacher of ``progressive`` (a power of two), and between the points of
+        ``consistency``.
+      grid_power: of the times of these steps; see `boot_jax.solvers.time_grid`.
+      stored_samples: so many noises, each with the teacher's sample, are made before
+        the training, for ``direct``; 0 makes new ones in every step.
+      start_times: ``(u_min, u_max)``: where part of the batch starts from the student's
+        own trajectory instead of noise; empty for none. See
+        `boot_jax.objectives.starts`.
+      start_share: of the batch, that part.
       distance: between images, ``[B]``; the squared error when not given.
     """
 
@@ -71,6 +88,11 @@ class Objective:
     derivative: str = "jvp"
     adaptive_power: float = 0.0
     adaptive_offset: float = 0.01
+    teacher_steps: int = 16
+    grid_power: float = 1.0
+    stored_samples: int = 0
+    start_times: tuple[float, ...] = ()
+    start_share: float = 0.25
     distance: Distance = squared_error
 
     def __post_init__(self) -> None:
@@ -106,11 +128,98 @@ class Objective:
                 f"boundary_weight is {self.boundary_weight} and boundary_share is "
                 f"{self.boundary_share}; at least 0, and in (0, 1], are needed"
             )
+        self._check_kind()
+        self._check_starts()
+
+    def _check_kind(self) -> None:
+        """Refuses what has a meaning, but none for the kind."""
+        steps = self.teacher_steps
+        if steps < 1 or self.grid_power <= 0 or self.stored_samples < 0:
+            raise ValueError(
+                f"teacher_steps is {steps}, grid_power {self.grid_power} and "
+                f"stored_samples {self.stored_samples}; at least 1, positive, and at "
+                "least 0 are needed"
+            )
+        if self.kind == "progressive" and (steps < 2 or steps & (steps - 1)):
+            raise ValueError(
+                f"teacher_steps is {steps}, but progressive halves it down to 1; a "
+                "power of two is needed, such as 16"
+            )
+        if self.kind == "consistency" and self.t_min == 0:
+            raise ValueError(
+                "t_min is 0, but consistency needs a little noise at its last point; "
+                "a positive t_min is needed, such as 0.01"
+            )
+        kinds_of_choices = {
+            ("target_network", "ema"): ("boot", "continuous", "consistency"),
+            ("time_order", "progressive"): TARGET_TIME_KINDS,
+        }
+        for (name, value), kinds in kinds_of_choices.items():
+            if getattr(self, name) == value and self.kind not in kinds:
+                raise ValueError(
+                    f"{name} is {value!r}, which {self.kind} does not have; it is for "
+                    f"{', '.join(kinds)}"
+                )
+
+    @property
+    def has_target_time(self) -> bool:
+        """Whether the student is told a target time, or else its noise level."""
+        return self.kind in TARGET_TIME_KINDS
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether real images are learned from."""
+        return self.kind in IMAGE_KINDS
+
+    @property
+    def reads_stored(self) -> bool:
+        """Whether the teacher's samples are made once, before the training."""
+        return self.kind == "direct" and self.stored_samples > 0
+
+    @property
+    def has_boundary(self) -> bool:
+        """Whether there is a boundary loss."""
+        return self.has_target_time and self.boundary_weight > 0
+
+    def _check_starts(self) -> None:
+        if not 0 < self.start_share <= 1:
+            raise ValueError(
+                f"start_share is {self.start_share}, but must lie in (0, 1]; no start "
+                "below t_max is start_times=()"
+            )
+        starts, lowest = self.start_times, lowest_time(self)
+        if starts and not self.has_target_time:
+            raise ValueError(
+                f"start_times is {tuple(starts)}, but {self.kind} starts anywhere; "
+                f"start_times is for {', '.join(TARGET_TIME_KINDS)}"
+            )
+        if starts and not (
+            len(starts) == 2 and lowest < starts[0] < starts[1] <= self.t_max
+        ):
+            raise ValueError(
+                f"start_times is {tuple(starts)}, but must be (u_min, u_max) between "
+                f"{lowest:g} and t_max = {self.t_max:g}, or empty for none"
+            )
+
+    @property
+    def start_stride(self) -> int:
+        """Every so-many-th image starts below ``t_max``, if any does."""
+        return max(1, round(1 / self.start_share)) if self.start_times else 1
 
     @property
     def boundary_stride(self) -> int:
         """The boundary loss, where there is one, takes every so-many-th image."""
-        return max(1, round(1 / self.boundary_share)) if self.boundary_weight else 1
+        return max(1, round(1 / self.boundary_share)) if self.has_boundary else 1
+
+    @property
+    def num_stages(self) -> int:
+        """The trainings, one after the other, that the objective takes."""
+        return self.teacher_steps.bit_length() - 1 if self.kind == "progressive" else 1
+
+
+def lowest_time(objective: Objective) -> float:
+    """The lowest target time that is drawn; see `draw_times`."""
+    return objective.t_min + (objective.delta if objective.kind == "boot" else 0.0)
 
 
 def draw_times(
@@ -120,8 +229,10 @@ def draw_times(
 
     Uniform over ``[t_min + delta, t_max]`` for ``boot``, whose other time is ``t -
     delta`` (a shorter last step would divide by a vanishing ``k``), and over ``[t_min,
-    t_max]`` for ``continuous``. Stratified over the batch, with one draw for all: each
-    time is uniform, the batch as a whole covers the range evenly.
+    t_max]`` for ``continuous`` and ``pid``; uniform over the points of `grid_time` for
+    ``progressive`` and ``consistency``; ``t_min`` for ``direct``. Stratified over the
+    batch, with one draw for all: each time is uniform, the batch as a whole covers the
+    range evenly.
 
     Args:
       objective: the ranges and the order.
@@ -129,8 +240,7 @@ def draw_times(
       batch_size: number of images in the global batch.
       progress: 0 to 1, the share of training done; for ``progressive`` order only.
     """
-    low = objective.t_min + (objective.delta if objective.kind == "boot" else 0.0)
-    high = objective.t_max
+    low, high = lowest_time(objective), objective.t_max
     if objective.time_order == "progressive":
         front = high - (high - low) * jnp.asarray(progress)
         low, high = front, jnp.minimum(front + objective.delta, high)
@@ -138,7 +248,41 @@ def draw_times(
     # that every device's share of the batch covers the whole range.
     strata = np.arange(batch_size) * ((np.sqrt(5) - 1) / 2) % 1
     offset = jax.random.uniform(key)
-    return low + (high - low) * ((jnp.asarray(strata, offset.dtype) + offset) % 1)
+    fraction = (jnp.asarray(strata, offset.dtype) + offset) % 1
+    if objective.kind == "direct":
+        return jnp.full_like(fraction, objective.t_min)
+    if objective.needs_images:
+        steps = grid_steps(objective)
+        index = jnp.minimum(jnp.floor(steps * fraction) + 1, steps)
+        return grid_time(objective, index, steps)
+    return low + (high - low) * fraction
+
+
+def grid_steps(objective: Objective) -> int:
+    """The steps of the student's grid, from ``t_max`` down.
+
+    Those of ``consistency`` end at ``t_min``. The student of ``progressive`` makes half
+    as many steps as its teacher, and ends at 0.
+    """
+    steps = objective.teacher_steps
+    return steps // 2 if objective.kind == "progressive" else steps
+
+
+def grid_time(objective: Objective, index: Array, steps: int) -> Array:
+    """The times of points ``0 ... steps`` of a grid, the last of them ``t_max``."""
+    end = _grid_end(objective)
+    return end + (objective.t_max - end) * (index / steps) ** objective.grid_power
+
+
+def grid_index(objective: Objective, t: Array, steps: int) -> Array:
+    """The nearest point of a grid to each time; the inverse of `grid_time`."""
+    end = _grid_end(objective)
+    fraction = (t - end) / (objective.t_max - end)
+    return jnp.round(steps * fraction ** (1 / objective.grid_power))
+
+
+def _grid_end(objective: Objective) -> float:
+    return objective.t_min if objective.kind == "consistency" else 0.0
 
 
 def adaptive_distance(objective: Objective, images: Array, targets: Array) -> Array:
@@ -163,7 +307,7 @@ def with_boundary(
 ) -> tuple[Array, dict[str, Array]]:
     """Adds ``beta L_BC`` of eq. (4), on every n-th image of the batch."""
     metrics = {"loss/trajectory": loss}
-    if objective.boundary_weight > 0:
+    if objective.has_boundary:
         stride = objective.boundary_stride
         # A stride, not a leading slice: it stays on the device that holds the images.
         eps, condition = jax.tree.map(lambda leaf: leaf[::stride], (eps, condition))

@@ -5,12 +5,12 @@ and no name in it may lead out of it.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from boot_jax.jsons import read_object
 from boot_jax.models.weights import is_plain_name
 from boot_jax.teachers.base import TeacherError
 
@@ -128,10 +128,4 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       TeacherError: it cannot be read, or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise TeacherError(f"{path} holds no JSON object, which a config is")
-    return content
+    return read_object(path, TeacherError)

@@ -3,7 +3,6 @@
 It gives the ids of ``transformers.CLIPTokenizerFast``.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
+from boot_jax.jsons import read_object
 from boot_jax.tokenizers.base import TokenizerError, Tokens, hash_of
 
 #: What CLIP's text encoders take where a folder names no length.
@@ -201,12 +201,4 @@ def _clip_backend(
 def _read_json(path: pathlib.Path, missing: Any = None) -> Any:
     if missing is not None and not path.exists():
         return missing
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read ({error}); fetch it again"
-        ) from error
-    if not isinstance(fields, dict):
-        raise TokenizerError(f"{path} is not a JSON object; fetch it again")
-    return fields
+    return read_object(path, TokenizerError)
