@@ -284,6 +284,7 @@ def default_config() -> Any:
         }
     )
     config.lock()
+    config.compare.variants.unlock()  # names are free
     return config
 
 

@@ -3,15 +3,16 @@
 import fcntl
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
 from command import DIGITS, MIXTURE, command, write_config
 
-from boot_jax import interruption
+from boot_jax import interruption, validation
 from boot_jax.comparing import budget, methods
-from boot_jax.config import ConfigError, default_config
+from boot_jax.config import ConfigError, default_config, differences
 from boot_jax.run import Run
 from boot_jax.sharding import create_mesh
 from boot_jax.training import logs
@@ -31,6 +32,9 @@ TINY = (
     "--config.evaluation.error_images=8",
     "--config.evaluation.ddim_steps=(1,2)",
 )
+# Flags of tuples add up, so these are apart.
+ALL = ("--config.compare.kinds=ddim,continuous",)
+ALL += ("--config.compare.amounts=1,2", "--config.compare.seeds=0,1")
 VARIANTS = """
     config.compare.variants = {
         "ddim": ("objective.kind=boot", "objective.solver=ddim"),
@@ -79,9 +83,6 @@ def digits(tmp_path_factory):
         write_config(folder, with_variants(DIGITS)),
         f"--workdir={workdir}",
         *TINY,
-        "--config.compare.kinds=ddim,continuous",
-        "--config.compare.amounts=1,2",
-        "--config.compare.seeds=0,1",
         "--config.compare.budget=steps",
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -93,12 +94,12 @@ def digits(tmp_path_factory):
             return len(polls) == 5
 
         patch.setattr(interruption.Interruption, "poll", poll)
-        assert command(*flags) == interruption.EXIT_PREEMPTED
+        assert command(*flags, *ALL) == interruption.EXIT_PREEMPTED
     finished = results_of(workdir)
     assert list(finished) == ["ddim/steps_1/0"]
     stopped = workdir / "cells" / "continuous" / "steps_1" / "0"
     assert [row["step"] for row in logs.read_metrics(stopped)] == [5]
-    assert command(*flags) == 0
+    assert command(*flags, *ALL) == 0
     again = results_of(workdir)
     assert again["ddim/steps_1/0"] == finished["ddim/steps_1/0"]
     assert [event["step"] for event in events_of(stopped, "start")] == [0, 5]
@@ -175,10 +176,10 @@ def test_a_finished_comparison_only_collects(digits, capsys, monkeypatch):
         raise AssertionError("something was trained")
 
     monkeypatch.setattr(logs.Logger, "__init__", no_logger)
-    assert command(*flags) == 0
+    assert command(*flags, *ALL) == 0
     assert (results_of(workdir), compared(workdir)) == before
     # A part of it: only that is told.
-    assert command(*flags, "--config.compare.kinds=ddim") == 0
+    assert command(*flags, "--config.compare.kinds=ddim", *ALL[1:]) == 0
     assert {cell["method"] for cell in compared(workdir)["cells"]} == {"ddim"}
     assert f"comparison: {workdir / 'comparison.html'}" in capsys.readouterr().out
 
@@ -230,7 +231,7 @@ def test_a_changed_cell_is_refused_before_anything_is_run(digits, capsys):
     flags, workdir = digits
     before = results_of(workdir)
     longer = "--config.distill.num_steps=15"
-    line = refusal(capsys, *flags, longer)
+    line = refusal(capsys, *flags, *ALL, longer)
     assert "cells/ddim/steps_1/0 was run with another config" in line
     assert "distill.num_steps: 10 -> 15" in line and "move it away" in line
     assert results_of(workdir) == before
@@ -240,8 +241,8 @@ def test_a_changed_cell_is_refused_before_anything_is_run(digits, capsys):
 def mixture(tmp_path):
     """A comparison whose teacher is exact; no method is named yet."""
     config = write_config(tmp_path, with_variants(MIXTURE))
-    few = ("--config.compare.seeds=0,", "--config.evaluation.ddim_steps=(1,)")
-    return (config, f"--workdir={tmp_path / 'run'}", *TINY, *few), tmp_path / "run"
+    workdir = tmp_path / "run"
+    return (config, f"--workdir={workdir}", *TINY, "--config.compare.seeds=0,"), workdir
 
 
 def test_a_cell_that_diverges_is_a_row_of_its_own(mixture):
@@ -263,23 +264,24 @@ def test_a_cell_that_diverges_is_a_row_of_its_own(mixture):
 
 def test_a_cell_of_another_process_is_left_to_it(mixture):
     flags, workdir = mixture
-    flags = (*flags, "--config.compare.kinds=ddim,continuous")
+    assert command(*flags, "--config.compare.kinds=continuous") == 0
+    done = results_of(workdir)
+    both = "--config.compare.kinds=ddim,continuous"
     lock = workdir / "cells" / "ddim" / "calls_1" / "0.lock"
     lock.parent.mkdir(parents=True)
-    (workdir / "config.json.1.partial").touch()  # as of one that begins just now
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        (workdir / "config.json.1.partial").unlink()
-        lock_of_workdir = [path.name for path in workdir.iterdir()]
-        assert lock_of_workdir == ["cells"]
-        assert command(*flags, "--config.run.force=True") == 0
+        assert command(*flags, both) == 0
     found = compared(workdir)
     assert [cell["method"] for cell in found["cells"]] == ["continuous"]
     assert "1 of 2 cells are being run by other processes" in found["warnings"][-1]
-    done = results_of(workdir)
-    assert command(*flags) == 0
-    assert len(compared(workdir)["cells"]) == 2
-    assert results_of(workdir)["continuous/calls_1/0"] == done["continuous/calls_1/0"]
+    assert command(*flags, both) == 0
+    assert [cell["method"] for cell in compared(workdir)["cells"]] == [
+        "ddim",
+        "continuous",
+    ]
+    again = results_of(workdir)
+    assert {name: again[name] for name in done} == done
 
 
 def test_two_processes_share_the_cells(mixture):
@@ -411,3 +413,27 @@ def test_steps_are_rounded_so_that_they_divide_into_dispatches(steps):
     assert rounded >= 1 and abs(rounded - steps) <= max(0.5, 0.01 * steps)
     if steps > 1000:
         assert rounded % 20 == 0
+
+
+def test_every_ablation_is_a_run_that_makes_sense():
+    """As the comparison checks it before it trains anything."""
+    path = pathlib.Path(__file__).parents[1] / "configs" / "digits_ablations.py"
+    config = runpy.run_path(str(path))["get_config"]()
+    methods.check_section(config)
+    found = methods.methods_of(config)
+    configs = {method.name: method.config(config) for method in found}
+    for changed in configs.values():
+        validation.validate(changed)
+    chosen = {
+        (repr(changed.objective.to_dict()), repr(changed.student.to_dict()))
+        for changed in configs.values()
+    }
+    assert len(chosen) == len(found) >= 18
+    base = configs["continuous"]
+    assert base.objective == config.objective and base.student == config.student
+    # Each turns one choice of the one that it is named after.
+    for name, changed in configs.items():
+        if name not in ("continuous", "boot", "boot-signal", "boot-noisy-image"):
+            other = configs[name.split("-")[0]]
+            turned = differences(other.to_dict(), changed.to_dict())
+            assert len(turned) == 1, (name, turned)

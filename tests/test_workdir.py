@@ -77,6 +77,12 @@ def test_a_foreign_folder_is_refused(tmp_path):
     assert "--workdir" in str(refusal.value)
 
 
+def test_a_folder_that_another_process_opens_just_now_is_taken(tmp_path):
+    (tmp_path / "config.json.123.partial").write_text("{")
+    assert open_workdir(tmp_path, default_config()) == tmp_path
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
 def test_another_config_is_refused_with_the_field_and_both_values(begun):
     config = default_config()
     config.objective.t_min = 0.25

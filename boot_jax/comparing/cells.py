@@ -155,8 +155,8 @@ class Cell:
 
     def _refuse_changed(self, config: Any) -> None:
         old, new = self._read_config(), config.to_dict()
-        begun = [self.folder / name for name in (RESULT, "checkpoints")]
-        if old is None or not any(path.exists() for path in begun):
+        has_begun = any(self.folder.rglob("checkpoints"))
+        if old is None or not (has_begun or (self.folder / RESULT).exists()):
             return
         if self._shares_own_teacher:  # wherever the workdir lies now
             new["teacher"]["path"] = old["teacher"]["path"]
