@@ -43,6 +43,9 @@ image's distance ``d`` by its own size bounds every image's pull:
 
 (the adaptive weights of MeanFlow, arXiv 2505.13447).
 
+**Correction** (`correction_loss`). Beside trajectories, the distribution of the
+student's samples: see `boot_jax.objectives.correction`.
+
 The losses are pure: no state, no globals, nothing but arrays and the two functions
 
     denoise(params, x_t, t, condition) -> x_0        the teacher
@@ -61,6 +64,12 @@ from boot_jax.objectives.base import (
 )
 from boot_jax.objectives.boot import boot_loss
 from boot_jax.objectives.continuous import continuous_loss
+from boot_jax.objectives.correction import (
+    auxiliary_loss,
+    correction_loss,
+    draw_renoising_times,
+)
+from boot_jax.objectives.options import Correction
 
 #: The losses by ``objective.kind``; all of one signature.
 LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
@@ -68,11 +77,15 @@ LOSSES = {"boot": boot_loss, "continuous": continuous_loss}
 __all__ = [
     "KINDS",
     "LOSSES",
+    "Correction",
     "Distance",
     "Objective",
     "Signal",
+    "auxiliary_loss",
     "boot_loss",
     "continuous_loss",
+    "correction_loss",
+    "draw_renoising_times",
     "draw_times",
     "squared_error",
 ]

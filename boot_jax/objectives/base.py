@@ -14,6 +14,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
+from boot_jax.objectives.options import Correction
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import SOLVERS
@@ -22,6 +23,9 @@ from boot_jax.solvers import SOLVERS
 Signal = Callable[[Any, Array, Array, Any], Array]
 #: ``distance(images, targets) -> [B]``.
 Distance = Callable[[Array, Array], Array]
+
+#: In the metrics of a loss that a correction is measured by.
+TRAJECTORY_RESIDUAL = "correction/trajectory_residual"
 
 KINDS = ("boot", "continuous")
 WEIGHTINGS = ("x0", "dt", "uniform")
@@ -55,6 +59,7 @@ class Objective:
       adaptive_power: ``p`` of eq. (6); 0 turns it off.
       adaptive_offset: ``c`` of eq. (6), in units of the distance; positive.
       distance: between images, ``[B]``; the squared error when not given.
+      correction: of the distribution of samples; off unless it has a strength.
     """
 
     kind: str = "boot"
@@ -71,6 +76,7 @@ class Objective:
     adaptive_power: float = 0.0
     adaptive_offset: float = 0.01
     distance: Distance = squared_error
+    correction: Correction = Correction()
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning, in one line each."""
@@ -133,11 +139,16 @@ def draw_times(
     if objective.time_order == "progressive":
         front = high - (high - low) * jnp.asarray(progress)
         low, high = front, jnp.minimum(front + objective.delta, high)
+    return low + (high - low) * stratified(key, batch_size)
+
+
+def stratified(key: Array, batch_size: int) -> Array:
+    """Numbers ``[batch_size]`` in [0, 1), each uniform, that cover it evenly."""
     # Multiples of the golden ratio fill the unit interval evenly from any index on, so
     # that every device's share of the batch covers the whole range.
     strata = np.arange(batch_size) * ((np.sqrt(5) - 1) / 2) % 1
     offset = jax.random.uniform(key)
-    return low + (high - low) * ((jnp.asarray(strata, offset.dtype) + offset) % 1)
+    return (jnp.asarray(strata, offset.dtype) + offset) % 1
 
 
 def adaptive_distance(objective: Objective, images: Array, targets: Array) -> Array:
@@ -147,6 +158,27 @@ def adaptive_distance(objective: Objective, images: Array, targets: Array) -> Ar
         return distance
     size = stop_gradient(distance) + objective.adaptive_offset
     return distance / size**objective.adaptive_power
+
+
+def residual_metrics(
+    objective: Objective, images: Array, targets: Array, gain: Array
+) -> dict[str, Array]:
+    """How hard a loss pulls at the student's output, where a correction asks for it.
+
+    The gradient of an image's adaptive distance in that image, times ``gain [B]`` (the
+    loss's weight, and the derivative of the image in the output), in the units in which
+    that of the squared error is the difference. Its root mean square, a mean over
+    images, is `TRAJECTORY_RESIDUAL`.
+    """
+    if objective.correction.strength == 0:
+        return {}
+    images, targets = stop_gradient((images, targets))
+    pull = jax.grad(
+        lambda images: jnp.sum(adaptive_distance(objective, images, targets))
+    )(images)
+    axes = tuple(range(1, images.ndim))
+    size = jnp.sqrt(jnp.mean(pull**2, axis=axes)) * (images[0].size / 2)
+    return {TRAJECTORY_RESIDUAL: jnp.mean(gain * size)}
 
 
 def with_boundary(

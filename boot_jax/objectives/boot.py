@@ -7,7 +7,13 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives.base import Objective, Signal, adaptive_distance, with_boundary
+from boot_jax.objectives.base import (
+    Objective,
+    Signal,
+    adaptive_distance,
+    residual_metrics,
+    with_boundary,
+)
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import signal_target, step_fraction
@@ -61,7 +67,7 @@ def boot_loss(
     }[objective.weighting]
     distance = adaptive_distance(objective, implied, stop_gradient(x_0))
     loss = jnp.mean(weight * distance)
-    return with_boundary(
+    total, metrics = with_boundary(
         loss,
         params,
         teacher_params,
@@ -72,3 +78,4 @@ def boot_loss(
         schedule,
         objective,
     )
+    return total, metrics | residual_metrics(objective, implied, x_0, weight / k)

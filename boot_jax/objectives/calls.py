@@ -14,16 +14,19 @@ class Calls:
       student: of the student's network; the tangent of a JVP counts as one more. The
         backward pass, one per step for all objectives, is not counted.
       images: real images read.
+      auxiliary: of the auxiliary network of a correction, its backward passes not
+        counted either.
     """
 
     teacher: float
     student: float
     images: float = 0.0
+    auxiliary: float = 0.0
 
     @property
     def total(self) -> float:
-        """Evaluations of either network."""
-        return self.teacher + self.student
+        """Evaluations of any network."""
+        return self.teacher + self.student + self.auxiliary
 
 
 def calls_of(objective: Objective, guided: bool = False) -> Calls:
@@ -39,6 +42,21 @@ def calls_of(objective: Objective, guided: bool = False) -> Calls:
     else:
         teacher, student = 1, {"jvp": 2, "finite_difference": 3}[objective.derivative]
         student += objective.target_network == "ema"
+    halves = 2 if guided else 1
+    calls = Calls(teacher=(teacher + boundary) * halves, student=student + boundary)
+    return _corrected(calls, objective, halves)
+
+
+def _corrected(calls: Calls, objective: Objective, halves: int) -> Calls:
+    """With a correction, which takes a share of the batch from the trajectories."""
+    correction = objective.correction
+    if correction.strength == 0:
+        return calls
+    share = 1 / correction.stride
+    learned = correction.updates / correction.auxiliary_stride
     return Calls(
-        teacher=(teacher + boundary) * (2 if guided else 1), student=student + boundary
+        teacher=(1 - share) * calls.teacher + share * halves,
+        student=(1 - share) * calls.student + share + learned,
+        images=(1 - share) * calls.images,
+        auxiliary=share + learned,
     )
