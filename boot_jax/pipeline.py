@@ -36,6 +36,7 @@ from boot_jax.interruption import Interruption
 from boot_jax.models import is_convolutional
 from boot_jax.models.weights import WeightsError
 from boot_jax.prompts import PromptError
+from boot_jax.recall import RecallCheck
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
 from boot_jax.tokenizers import TokenizerError
@@ -70,12 +71,15 @@ def distill(run: Run) -> TrainState:
         "distill.batch_size", training.batch_size, run.mesh, training.microbatches
     )
     key = jax.random.key(config.seed, impl="threefry2x32")
+    corrected = run.objective.correction.strength > 0
+    check = RecallCheck(run) if corrected and config.run.recall_every else None
     return train(
         run.workdir,
         "student",
         loss=run.loss(
             None if prompts is None else prompts.encode,
             sharding.batch_sharding(run.mesh, axis=1),
+            None if check is None else check.variance,
         ),
         init=run.student.init,
         frozen=run.frozen,
@@ -88,6 +92,7 @@ def distill(run: Run) -> TrainState:
         interruption=run.interruption,
         convolutional=is_convolutional(run.student.network),
         show=gallery.TrainingGrids(run) if config.run.sample_every else None,
+        check=check,
     )
 
 

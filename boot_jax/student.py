@@ -97,7 +97,7 @@ def create_student(
         signal=_signal(
             student_network, teacher.schedule, prediction_type, t_max, guidance_range
         ),
-        init=_initialiser(student_network, teacher, inherited),
+        init=initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
     )
@@ -130,8 +130,7 @@ def _signal(
         own_time = start if TARGET_TIME in names else t
         added = {TARGET_TIME: t} if TARGET_TIME in names else {}
         if guidance_range is not None:
-            low, high = guidance_range
-            added[SCALE_KEY] = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
+            added[SCALE_KEY] = relative_scale(condition[SCALE_KEY], guidance_range)
             condition = {k: leaf for k, leaf in condition.items() if k != SCALE_KEY}
         condition = of_student(condition)
         x_t = expand(schedule.prior_scale(start), eps) * eps
@@ -150,9 +149,23 @@ def _signal(
     return signal
 
 
-def _initialiser(
+def relative_scale(scale: Array, guidance_range: tuple[float, float]) -> Array:
+    """Guidance scales as an embedding takes them: 0 to 1 over their range."""
+    low, high = guidance_range
+    return (scale - low) / max(high - low, 1e-6)
+
+
+def initialiser(
     network: nn.Module, teacher: Teacher, inherited: Any
 ) -> Callable[[Array], Any]:
+    """``key -> params`` of a network: copies of a teacher's weights, and what is new.
+
+    Args:
+      network: of the teacher, perhaps with added embeddings.
+      teacher: for the shapes of its inputs.
+      inherited: its parameters; None for a network that starts from random ones.
+    """
+
     def fresh(key: Array) -> Any:
         names: tuple[str, ...] = network.added_embeddings  # type: ignore[attr-defined]
         one = jnp.zeros((1,))

@@ -71,9 +71,7 @@ from boot_jax.solvers import add_noise
 _SMALLEST_NORM = 1e-6
 
 
-def draw_renoising_times(
-    correction: Correction, key: Array, batch_size: int
-) -> Array:
+def draw_renoising_times(correction: Correction, key: Array, batch_size: int) -> Array:
     """The times ``r`` of a batch, ``[batch_size]``, stratified over it."""
     share = stratified(key, batch_size)
     if correction.time_distribution == "logit_normal":

@@ -10,7 +10,8 @@ from boot_jax.conditions import Conditions, Encode
 from boot_jax.guidance import Denoiser
 from boot_jax.objectives import LOSSES, Objective, Signal, draw_times
 from boot_jax.schedules import NoiseSchedule
-from boot_jax.training.step import Loss, split_batch
+from boot_jax.training.microbatches import split_batch
+from boot_jax.training.step import Loss
 
 
 def distillation_loss(
