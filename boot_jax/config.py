@@ -273,8 +273,8 @@ def default_config() -> Any:
             "keep_every": 0,  # steps divisible by it are kept for good; 0 for none
             "watchdog_seconds": 1800,  # for a step, before it counts as hung; 0: no end
             "heartbeat_seconds": 100,  # of silence, before a process counts as dead
-            # Where there is a correction: steps between checks of the student's recall of
-            # its teacher's samples, 0 for none; how many; a fall that is warned of.
+            # Where there is a correction: steps between checks of the student's recall
+            # of its teacher's samples, 0 for none; how many; a fall that is warned of.
             "recall_every": 1000,
             "recall_images": 256,
             "recall_drop": 0.1,

@@ -181,7 +181,7 @@ def test_the_objective_is_the_one_described():
     assert config_lib.objective_from(config.objective) == Objective(**options)
     # The section has every field but the function, with the objective's defaults.
     section = default_config().objective.to_dict()
-    defaults = {field.name: field.default for field in dataclasses.fields(Objective)}
+    defaults = dataclasses.asdict(Objective())
     del defaults["distance"]
     assert section == defaults
 

@@ -47,9 +47,10 @@ def merge_adapters(params: Any, adapters: Any, scale: float = 1.0) -> Any:
       scale: ``c``; ``alpha / r`` in the paper.
     """
     merged = traverse_util.flatten_dict(params)
-    flat = traverse_util.flatten_dict(adapters)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapters)
     for path, kernel in _kernels(params).items():
-        change = flat[(*path[:-1], _DOWN)] @ flat[(*path[:-1], _UP)]
+        down, up = flat[(*path[:-1], _DOWN)], flat[(*path[:-1], _UP)]
+        change = down @ up
         whole = jnp.asarray(kernel, change.dtype)
         merged[path] = whole + scale * change.reshape(kernel.shape)
     return traverse_util.unflatten_dict(merged)

@@ -76,7 +76,7 @@ class Objective:
     adaptive_power: float = 0.0
     adaptive_offset: float = 0.01
     distance: Distance = squared_error
-    correction: Correction = Correction()
+    correction: Correction = dataclasses.field(default_factory=Correction)
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning, in one line each."""

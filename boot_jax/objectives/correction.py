@@ -36,11 +36,12 @@ as the conditional half of a guided teacher is: what it learns from is guided al
 
     L = E || y - SG[y - c (g_psi(x_r, r) - f(x_r, r))] ||^2.                    (4)
 
-The gradient is stopped in both networks, as in eq. (1), where neither is differentiated:
-through them, the student would look for samples at which they happen to agree. As a
-divergence says nothing of how large a step is right, ``c`` makes the mean norm of ``c (g
-- f)`` equal to ``a`` times that with which the loss of trajectories pulls at the
-student's output: so ``a`` means the same for any teacher, distance and weights.
+The gradient is stopped in both networks, as in eq. (1), where neither is
+differentiated: through them, the student would look for samples at which they happen to
+agree. As a divergence says nothing of how large a step is right, ``c`` makes the mean
+norm of ``c (g - f)`` equal to ``a`` times that with which the loss of trajectories
+pulls at the student's output: so ``a``, the *strength*, means the same for any teacher,
+distance and weights.
 
 Alone, eq. (4) may give up modes: where ``q_r`` has no samples, eq. (1) does not look.
 

@@ -1,4 +1,4 @@
-"""The choices of a correction; what they mean is in `boot_jax.objectives.correction`."""
+"""The choices of a correction, whose equations `boot_jax.objectives.correction` has."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ class Correction:
     """How the student's distribution is corrected, beside its trajectories.
 
     Attributes:
-      strength: ``a`` of eq. (4); 0 turns the correction off.
+      strength: ``a`` of the weight of eq. (4); 0 turns the correction off.
       share: of the batch that is corrected, up to a half; the rest is for the loss of
         trajectories.
       trajectory_weight: of that loss; 0 leaves the correction alone.

@@ -21,7 +21,6 @@ from boot_jax.training.auxiliary import Auxiliary
 from boot_jax.training.microbatches import mean_over_microbatches
 from boot_jax.training.state import TrainState, update_ema
 
-
 # No microbatch has this number.
 _AUXILIARY_STREAM = 2**31
 
