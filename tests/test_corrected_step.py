@@ -223,19 +223,18 @@ def test_the_auxiliary_network_learns_before_the_student_moves(updates):
     key = jax.random.fold_in(key_of(3), 0)
     inputs = loss.draw(None, key, 0.0, 1)
     params, moments, seen = state.auxiliary.params, state.auxiliary.opt_state, []
+    slope = jax.jit(jax.grad(auxiliary.value, has_aux=True))
     for index in range(updates):
         own_key = jax.random.fold_in(jax.random.fold_in(key, 2**31), index)
         part = jax.tree.map(lambda x: x[0], auxiliary.draw(inputs, own_key, 1))
         seen.append(part[0])
-        grads = jax.grad(
-            lambda p, x: auxiliary.value(p, state.params, TEACHER.params, x)[0]
-        )(params, part)
+        grads, _ = slope(params, state.params, TEACHER.params, part)
         with jax.numpy_dtype_promotion("standard"):
             moved, moments = auxiliary.optimizer.update(grads, moments, params)
         params = jax.tree.map(jnp.add, params, moved)
     after, _ = run(1, updates=updates)
     assert_close(after.auxiliary.params, params)
-    assert all((a != b).any() for a, b in zip(seen, seen[1:], strict=False))
+    assert len({float(eps[0, 0, 0, 0]) for eps in seen}) == updates
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
@@ -269,17 +268,24 @@ def test_steps_in_one_dispatch_are_the_steps_one_by_one():
     assert_close(one.auxiliary.params, together.auxiliary.params, 1e-3, 1e-4)
 
 
-def test_microbatches_train_the_auxiliary_network_alike():
-    """The student's scale is taken of each microbatch; the auxiliary's loss has none."""
+def test_microbatches_draw_and_average_alike():
+    """But the student's scale is of each microbatch."""
     plain, (one,) = run(1)
     parts, (other,) = run(1, options={"microbatches": 2})
-    assert_close(plain.auxiliary.params, parts.auxiliary.params)
-    np.testing.assert_allclose(
-        one["loss/trajectory"], other["loss/trajectory"], rtol=1e-4
+    for name, rtol in (
+        ("loss/auxiliary", 1e-4),
+        ("loss/trajectory", 1e-4),
+        ("correction/residual", 0.01),
+        ("loss/correction", 0.5),
+    ):
+        np.testing.assert_allclose(one[name], other[name], rtol=rtol)
+    # A step of Adam's size, but for gradients that are all but zero.
+    difference = jax.tree.map(
+        lambda a, b: jnp.median(jnp.abs(a - b)),
+        plain.auxiliary.params,
+        parts.auxiliary.params,
     )
-    np.testing.assert_allclose(
-        one["loss/correction"], other["loss/correction"], rtol=0.5
-    )
+    assert max(jax.tree.leaves(difference)) < 1e-5
 
 
 def test_an_auxiliary_network_that_breaks_is_a_step_to_skip():
