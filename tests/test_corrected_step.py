@@ -276,7 +276,6 @@ def test_microbatches_draw_and_average_alike():
         ("loss/auxiliary", 1e-4),
         ("loss/trajectory", 1e-4),
         ("correction/residual", 0.01),
-        ("loss/correction", 0.5),
     ):
         np.testing.assert_allclose(one[name], other[name], rtol=rtol)
     # A step of Adam's size, but for gradients that are all but zero.
