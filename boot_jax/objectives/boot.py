@@ -47,7 +47,8 @@ def boot_loss(
       target_params: parameters of the target network; None for the student's own.
 
     Returns:
-      The loss, and ``{"loss/trajectory", "loss/boundary"}``, all scalars.
+      The loss, and ``{"loss/trajectory", "loss/boundary"}``, all scalars; where there
+      is a correction, also ``correction/trajectory_residual``, what it is relative to.
     """
     s = jnp.maximum(t - objective.delta, objective.t_min)
     k = step_fraction(schedule, t, s)
