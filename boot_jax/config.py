@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from boot_jax.objectives import Objective
+from boot_jax.objectives import Correction, Objective
 from boot_jax.schedules import NoiseSchedule, get_schedule
 
 TEACHER_SOURCES = ("train", "checkpoint", "mixture", "diffusers", "flax_pipeline")
@@ -55,6 +55,30 @@ def _training(num_steps: int, batch_size: int) -> ml_collections.ConfigDict:
             "ema_decay": 0.999,
             "microbatches": 1,  # parts of the batch, one after the other in less memory
             "skip_nonfinite": 0,  # steps that may be left out as not finite, at most
+        }
+    )
+
+
+def _correction() -> ml_collections.ConfigDict:
+    """Of the distribution of samples; see `boot_jax.objectives.correction`."""
+    return ml_collections.ConfigDict(
+        {
+            "strength": 0.0,  # relative to the loss of trajectories; 0: none
+            "share": 0.25,  # of the batch, taken from the trajectories; at most 0.5
+            "trajectory_weight": 1.0,  # 0: the correction alone
+            "time_range": (0.05, 0.95),  # to which samples are noised again
+            "time_distribution": "uniform",  # uniform | logit_normal
+            "time_mean": 0.5,  # of logit_normal; above 0 leans to noise
+            "time_scale": 1.0,
+            "guidance_interval": (),  # of t, for the correction; (): the teacher's own
+            # Of the auxiliary network: updates for each of the student, and of each
+            # the share of the batch; its Adam.
+            "updates": 1,
+            "auxiliary_share": 1.0,
+            "learning_rate": 5e-4,
+            "b1": 0.0,
+            "b2": 0.99,
+            "lora_rank": 0,  # of adapters instead of a whole network; 0: the latter
         }
     )
 
@@ -192,6 +216,7 @@ def default_config() -> Any:
             # trajectories, so that it can be used in a few steps; (): none
             "start_times": (),
             "start_share": 0.25,  # of the batch, that part
+            "correction": _correction(),
         }
     )
     config.distill = _training(num_steps=4000, batch_size=128)
@@ -277,6 +302,11 @@ def default_config() -> Any:
             "keep_every": 0,  # steps divisible by it are kept for good; 0 for none
             "watchdog_seconds": 1800,  # for a step, before it counts as hung; 0: no end
             "heartbeat_seconds": 100,  # of silence, before a process counts as dead
+            # Where there is a correction: steps between checks of the student's recall
+            # of its teacher's samples, 0 for none; how many; a fall that is warned of.
+            "recall_every": 1000,
+            "recall_images": 256,
+            "recall_drop": 0.1,
             "spike_factor": 5.0,  # a loss so many times the median is recorded; 0: none
             "tensorboard": True,
             "wandb_project": "",  # needs the extra [wandb]
@@ -284,7 +314,7 @@ def default_config() -> Any:
         }
     )
     config.lock()
-    config.compare.variants.unlock()  # names are free
+    config.compare.variants.unlock()  # names are free  # type: ignore
     return config
 
 
@@ -315,7 +345,9 @@ def objective_from(config: Mapping[str, Any]) -> Objective:
       ConfigError: a choice is not known, or the times make no sense.
     """
     try:
-        return Objective(**dict(config))
+        fields = dict(config)
+        correction = Correction(**fields.pop("correction"))
+        return Objective(correction=correction, **fields)
     except ValueError as error:
         raise ConfigError(f"objective: {error}") from error
 

@@ -187,9 +187,13 @@ def step_cost(run: Run) -> Cost:
     loss = run.loss(encode)
     key = jax.random.key(0)
     frozen = jax.eval_shape(lambda: params)
-    state = jax.eval_shape(
-        lambda key: create_state(run.student.init(key), optimizer), key
-    )
+    second = loss.auxiliary
+
+    def create(key: Any) -> Any:
+        own = None if second is None else second.create(key)
+        return create_state(run.student.init(key), optimizer, own)
+
+    state = jax.eval_shape(create, key)
     step = make_train_step(
         loss,
         optimizer,
@@ -205,7 +209,8 @@ def step_cost(run: Run) -> Cost:
         )[1]
 
     size = _bytes(state.params)
-    kept = _bytes(jax.eval_shape(pullback, state.params, frozen, batch))
+    known = frozen if second is None else (frozen, state.auxiliary.params)
+    kept = _bytes(jax.eval_shape(pullback, state.params, known, batch))
     return Cost(
         flops=float(analysis["flops"]),
         teacher=_bytes(frozen),

@@ -37,6 +37,7 @@ from boot_jax.interruption import Interruption
 from boot_jax.models import is_convolutional
 from boot_jax.models.weights import WeightsError
 from boot_jax.prompts import PromptError
+from boot_jax.recall import RecallCheck
 from boot_jax.run import Run
 from boot_jax.teachers.base import TeacherError
 from boot_jax.tokenizers import TokenizerError
@@ -69,6 +70,8 @@ def distill(run: Run) -> TrainState:
     sharding.check_batch_size(
         "distill.batch_size", training.batch_size, run.mesh, training.microbatches
     )
+    corrected = run.objective.correction.strength > 0
+    check = RecallCheck(run) if corrected and config.run.recall_every else None
     encode, batches = run.encode, student_batches.batches_of(run)
     grids = gallery.TrainingGrids(run) if config.run.sample_every else None
 
@@ -81,6 +84,7 @@ def distill(run: Run) -> TrainState:
                 sharding.batch_sharding(run.mesh, axis=1),
                 stage.objective,
                 stage.denoise,
+                None if check is None else check.variance,
             ),
             init=stage.init,
             frozen=stage.frozen,
@@ -93,6 +97,7 @@ def distill(run: Run) -> TrainState:
             interruption=run.interruption,
             convolutional=is_convolutional(run.student.network),
             show=grids if stage.is_last else None,
+            check=check,
         )
 
     return stages.run_stages(run, train_stage)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from boot_jax import config as config_lib
 from boot_jax import data as data_lib
 from boot_jax import sharding, summary, teaching
+from boot_jax.auxiliary import AuxiliaryNetwork, create_auxiliary
 from boot_jax.conditions import Conditions, Encode, prompt_encoder
 from boot_jax.guidance import NEGATIVE_KEY, Denoiser, rescaling
 from boot_jax.interruption import Interruption
@@ -28,6 +29,7 @@ from boot_jax.sampling import stored_noise
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.student import Student, create_student
 from boot_jax.teachers.base import Teacher, TextEncoder, as_sampled
+from boot_jax.training.correction import corrected_loss
 from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.step import Loss
 
@@ -134,28 +136,53 @@ class Run:
         batch_sharding: NamedSharding | None = None,
         objective: Objective | None = None,
         denoise: Denoiser | None = None,
+        reference_variance: float | None = None,
     ) -> Loss:
-        """Of the distillation; see `boot_jax.training.distillation`.
+        """Of the distillation.
 
-        ``objective`` and ``denoise`` are the run's own, where there are no others.
+        ``objective`` and ``denoise`` are the run's own, where there are no others; see
+        `boot_jax.training.distillation`, and `boot_jax.training.correction` for the
+        last argument.
         """
         objective, noise_of = objective or self.objective, None
         if objective.reads_stored:
             seed, shape = self.config.seed, self.teacher.sample_shape
             noise_of = functools.partial(stored_noise, seed, sample_shape=shape)
-        return distillation_loss(
-            signal=self.student.signal,
+        shared: dict[str, Any] = {
+            "signal": self.student.signal,
+            "schedule": self.teacher.schedule,
+            "objective": objective,
+            "batch_sharding": batch_sharding,
+            "encode": encode,
+        }
+        trajectories = distillation_loss(
             denoise=denoise or self.denoise,
             student_denoise=self.student.denoise,
+            jump=self.student.jump,
             noise_of=noise_of,
-            schedule=self.teacher.schedule,
-            objective=objective,
             conditions=self.conditions,
             sample_shape=self.teacher.sample_shape,
             batch_size=self.config.distill.batch_size,
-            batch_sharding=batch_sharding,
-            encode=encode,
-            jump=self.student.jump,
+            **shared,
+        )
+        correction = self.objective.correction
+        if correction.strength == 0:
+            return trajectories
+        interval = correction.guidance_interval
+        return corrected_loss(
+            trajectories,
+            network=self._auxiliary(),
+            denoise=self._guided(interval) if interval else self.denoise,
+            reference_variance=reference_variance,
+            **shared,
+        )
+
+    def _auxiliary(self) -> AuxiliaryNetwork:
+        return create_auxiliary(
+            self.teacher,
+            network=self._new_network() if self.teacher.network is None else None,
+            guidance_range=self.guidance_range,
+            lora_rank=self.objective.correction.lora_rank,
         )
 
     @property
@@ -256,6 +283,9 @@ class Run:
           ConfigError: it is to be guided, but takes neither prompts nor labels, or no
             label that means none.
         """
+        return self._guided(self.config.teacher.guidance_interval)
+
+    def _guided(self, interval: Sequence[float]) -> Denoiser:
         section, teacher = self.config.teacher, self.teacher
         if self.is_guided and teacher.text is None:
             _check_can_be_guided(teacher)
@@ -270,7 +300,7 @@ class Run:
             rescale = rescaling(
                 teacher.prediction_type, teacher.schedule, section.guidance_rescale
             )
-        low, high = section.guidance_interval
+        low, high = interval
         return as_sampled(
             teacher.denoise,
             null_condition=null if self.is_guided else None,

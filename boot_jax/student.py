@@ -134,7 +134,7 @@ def create_student(
     return Student(
         signal=signal,
         jump=_jump(estimate) if TARGET_TIME in names and output == "signal" else None,
-        init=_initialiser(student_network, teacher, inherited),
+        init=initialiser(student_network, teacher, inherited),
         network=student_network,
         prediction_type=prediction_type,
         time_conditioning=time_conditioning,
@@ -203,8 +203,7 @@ def _estimate(
         added: dict[str, Array],
     ) -> Array:
         if guidance_range is not None:
-            low, high = guidance_range
-            scale = (condition[SCALE_KEY] - low) / max(high - low, 1e-6)
+            scale = relative_scale(condition[SCALE_KEY], guidance_range)
             added = {**added, SCALE_KEY: scale}
             condition = {k: leaf for k, leaf in condition.items() if k != SCALE_KEY}
         output = network.apply(
@@ -243,9 +242,23 @@ def _denoiser(estimate: _Estimate) -> Denoiser:
     return denoise
 
 
-def _initialiser(
+def relative_scale(scale: Array, guidance_range: tuple[float, float]) -> Array:
+    """Guidance scales as an embedding takes them: 0 to 1 over their range."""
+    low, high = guidance_range
+    return (scale - low) / max(high - low, 1e-6)
+
+
+def initialiser(
     network: nn.Module, teacher: Teacher, inherited: Any
 ) -> Callable[[Array], Any]:
+    """``key -> params`` of a network: copies of a teacher's weights, and what is new.
+
+    Args:
+      network: of the teacher, perhaps with added embeddings.
+      teacher: for the shapes of its inputs.
+      inherited: its parameters; None for a network that starts from random ones.
+    """
+
     def fresh(key: Array) -> Any:
         names: tuple[str, ...] = network.added_embeddings  # type: ignore[attr-defined]
         one = jnp.zeros((1,))

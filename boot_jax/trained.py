@@ -33,7 +33,11 @@ def trained_pair(run: Run, prompts: Sequence[str] | None = None) -> Pair:
         record=functools.partial(record, run.workdir),
     )
     template = state_template(
-        run.student.init, run.config.distill, run.mesh, run.config.mesh
+        run.student.init,
+        run.config.distill,
+        run.mesh,
+        run.config.mesh,
+        run.loss(None).auxiliary,
     )
     state = checkpoints.restore(template)
     checkpoints.close()

@@ -127,12 +127,54 @@ def _check_starts(config: Any, objective: Any) -> None:
         )
 
 
+def _check_correction(config: Any, objective: Any) -> None:
+    """It takes every so-many-th image, and the boundary loss so many of the rest."""
+    correction, training = objective.correction, config.distill
+    if correction.strength == 0 or training.batch_size % training.microbatches:
+        return
+    part = training.batch_size // training.microbatches
+    strides = {
+        "share": (correction.stride, part // correction.stride),
+        "auxiliary_share": (correction.auxiliary_stride, part),
+    }
+    for name, (stride, images) in strides.items():
+        if part % stride or images < 2:
+            raise ConfigError(
+                f"distill.batch_size / distill.microbatches is {part}, but must be a "
+                f"multiple of {stride}, and more than that: objective.correction."
+                f"{name} = {getattr(correction, name):g} takes every {stride}th image"
+            )
+    rest = part - part // correction.stride
+    for name, share, every in (
+        ("boundary_share", objective.boundary_share, objective.boundary_stride),
+        ("start_share", objective.start_share, objective.start_stride),
+    ):
+        if rest % every:
+            raise ConfigError(
+                f"objective.correction.share = {correction.share:g} leaves {rest} "
+                f"images of {part} to the trajectories, of which objective.{name} = "
+                f"{share:g} takes every {every}th; choose shares that divide"
+            )
+
+
 def _check_run(config: Any) -> None:
-    for name in ("keep_every", "watchdog_seconds", "spike_factor", "sample_every"):
+    for name in (
+        "keep_every",
+        "watchdog_seconds",
+        "spike_factor",
+        "sample_every",
+        "recall_every",
+        "recall_drop",
+    ):
         if not config.run[name] >= 0:
             raise ConfigError(
                 f"run.{name} is {config.run[name]}, but must be positive, or 0 for none"
             )
+    if config.run.recall_images < 4:
+        raise ConfigError(
+            f"run.recall_images is {config.run.recall_images}, but must be at least 4: "
+            "recall looks at three neighbours of each"
+        )
     for name in ("rules", "teacher_rules"):
         try:
             sharding.check_rules(config.mesh[name])
@@ -253,6 +295,7 @@ def validate(config: Any) -> None:
     schedule = schedule_from(config.schedule)
     objective = objective_from(config.objective)
     _check_microbatches(config, objective)
+    _check_correction(config, objective)
     _check_starts(config, objective)
     _check_kind(config, objective)
     if config.teacher.source in ("train", "checkpoint", "mixture"):

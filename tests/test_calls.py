@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from boot_jax.objectives import LOSSES, Objective, started_loss
+from boot_jax.objectives import (
+    LOSSES,
+    Correction,
+    Objective,
+    auxiliary_loss,
+    correction_loss,
+    started_loss,
+)
 from boot_jax.objectives.calls import calls_before, calls_of, sampling_calls
 from boot_jax.schedules import get_schedule
 
@@ -121,3 +128,54 @@ def test_a_stored_set_is_paid_before():
     assert calls_of(anew).teacher == sampling_calls(anew) == 4
     other = Objective(kind="boot", stored_samples=100)
     assert calls_before(other) == 0
+
+
+@pytest.mark.parametrize(
+    "share, updates, auxiliary_share", [(0.25, 1, 1.0), (0.5, 3, 0.5)]
+)
+@pytest.mark.parametrize("kind", ["boot", "continuous"])
+def test_a_correction_is_counted(kind, share, updates, auxiliary_share):
+    """Its share of the batch leaves the trajectories that much less."""
+    correction = Correction(
+        strength=1.0, share=share, updates=updates, auxiliary_share=auxiliary_share
+    )
+    objective = Objective(kind=kind, boundary_weight=0.0, correction=correction)
+    teacher, student, auxiliary = Counted(), Counted(), Counted()
+    half = jnp.asarray(0.5)
+    shared: Any = {
+        "signal": student,
+        "schedule": get_schedule("cosine"),
+        "objective": objective,
+    }
+
+    def batch(count: float) -> Any:
+        images = int(count)
+        return jnp.ones((images, 2, 2, 1)), jnp.linspace(0.1, 0.9, images)
+
+    with jax.disable_jit():
+        eps, t = batch(BATCH * (1 - share))
+        LOSSES[kind](half, half, eps, t, None, denoise=teacher, **shared)
+        eps, r = batch(BATCH * share)
+        correction_loss(
+            half,
+            half,
+            half,
+            eps,
+            eps,
+            r,
+            None,
+            1.0,
+            denoise=teacher,
+            auxiliary=auxiliary,
+            **shared,
+        )
+        for _ in range(updates):
+            eps, r = batch(BATCH * auxiliary_share)
+            auxiliary_loss(half, half, eps, eps, r, None, auxiliary=auxiliary, **shared)
+    calls = calls_of(objective)
+    tangents = BATCH * (1 - share) if kind == "continuous" else 0
+    assert calls.teacher * BATCH == teacher.images
+    assert calls.student * BATCH == student.images + tangents
+    assert calls.auxiliary * BATCH == auxiliary.images
+    assert calls.total == calls.teacher + calls.student + calls.auxiliary
+    assert calls_of(objective, guided=True).teacher == 2 * calls.teacher

@@ -17,11 +17,11 @@ PACKAGE = "boot_jax"
 FLOORS = {
     0: "schedules prediction solvers guidance objectives",
     1: "models jsons",
-    2: "conditions teachers student tokenizers",
+    2: "conditions teachers student auxiliary tokenizers",
     3: "config validation sharding distributed interruption data shapes batches "
     "prompts workdir training",
     4: "sampling evaluation summary export",
-    5: "main pipeline run inspection teaching prompted trained gallery judging "
+    5: "main pipeline run inspection teaching prompted trained gallery judging recall "
     "stages stored student_batches comparing",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

@@ -16,6 +16,7 @@ from boot_jax.objectives import (
     LOSSES,
     Objective,
     StartedSchedule,
+    choose_starts,
     draw_starts,
     started_loss,
 )
@@ -179,7 +180,10 @@ def test_the_gradient_does_not_reach_the_points_to_start_from():
 
 def test_starts_are_every_nth_and_times_lie_below_them():
     objective = Objective(start_times=(0.3, 0.9), t_min=0.02, delta=0.05)
-    drawn = [draw_starts(objective, jax.random.key(n), 64) for n in range(40)]
+    drawn = [
+        choose_starts(objective, *draw_starts(objective, jax.random.key(n), 64))
+        for n in range(40)
+    ]
     u, t = (np.asarray(jnp.stack(part)) for part in zip(*drawn, strict=True))
     assert (u[:, np.arange(64) % 4 != 0] == 1).all()
     starts = u[:, ::4]

@@ -49,6 +49,9 @@ image's distance ``d`` by its own size bounds every image's pull:
 
 (the adaptive weights of MeanFlow, arXiv 2505.13447).
 
+**Correction** (`correction_loss`). Beside trajectories, the distribution of the
+student's samples: see `boot_jax.objectives.correction`.
+
 The losses are pure: no state, no globals, nothing but arrays and the two functions
 
     denoise(params, x_t, t, condition) -> x_0        the teacher
@@ -75,12 +78,19 @@ from boot_jax.objectives.base import (
 from boot_jax.objectives.boot import boot_loss
 from boot_jax.objectives.consistency import consistency_function, consistency_loss
 from boot_jax.objectives.continuous import continuous_loss
+from boot_jax.objectives.correction import (
+    auxiliary_loss,
+    correction_loss,
+    draw_renoising_times,
+)
 from boot_jax.objectives.direct import direct_loss
+from boot_jax.objectives.options import Correction
 from boot_jax.objectives.pid import pid_loss
 from boot_jax.objectives.progressive import progressive_loss
 from boot_jax.objectives.starts import (
     Jump,
     StartedSchedule,
+    choose_starts,
     draw_starts,
     started_loss,
 )
@@ -103,16 +113,21 @@ __all__ = [
     "KINDS",
     "LOSSES",
     "TARGET_TIME_KINDS",
+    "Correction",
     "Distance",
     "Jump",
     "Objective",
     "Signal",
     "StartedSchedule",
+    "auxiliary_loss",
     "boot_loss",
+    "choose_starts",
     "consistency_function",
     "consistency_loss",
     "continuous_loss",
+    "correction_loss",
     "direct_loss",
+    "draw_renoising_times",
     "draw_starts",
     "draw_times",
     "pid_loss",

@@ -14,6 +14,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
+from boot_jax.objectives.options import Correction
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import SOLVERS
@@ -22,6 +23,9 @@ from boot_jax.solvers import SOLVERS
 Signal = Callable[[Any, Array, Array, Any], Array]
 #: ``distance(images, targets) -> [B]``.
 Distance = Callable[[Array, Array], Array]
+
+#: In the metrics of a loss that a correction is measured by.
+TRAJECTORY_RESIDUAL = "correction/trajectory_residual"
 
 KINDS = ("boot", "continuous", "pid", "direct", "progressive", "consistency")
 #: Kinds whose student is told a target time; the others' is told its noise level.
@@ -73,6 +77,7 @@ class Objective:
         `boot_jax.objectives.starts`.
       start_share: of the batch, that part.
       distance: between images, ``[B]``; the squared error when not given.
+      correction: of the distribution of samples; off unless it has a strength.
     """
 
     kind: str = "boot"
@@ -94,6 +99,7 @@ class Objective:
     start_times: tuple[float, ...] = ()
     start_share: float = 0.25
     distance: Distance = squared_error
+    correction: Correction = dataclasses.field(default_factory=Correction)
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning, in one line each."""
@@ -149,6 +155,12 @@ class Objective:
             raise ValueError(
                 "t_min is 0, but consistency needs a little noise at its last point; "
                 "a positive t_min is needed, such as 0.01"
+            )
+        if self.correction.strength > 0 and not self.has_target_time:
+            raise ValueError(
+                f"correction.strength is {self.correction.strength}, but {self.kind} "
+                "has no trajectory that it is measured by; it is for "
+                f"{', '.join(TARGET_TIME_KINDS)}"
             )
         kinds_of_choices = {
             ("target_network", "ema"): ("boot", "continuous", "consistency"),
@@ -244,11 +256,7 @@ def draw_times(
     if objective.time_order == "progressive":
         front = high - (high - low) * jnp.asarray(progress)
         low, high = front, jnp.minimum(front + objective.delta, high)
-    # Multiples of the golden ratio fill the unit interval evenly from any index on, so
-    # that every device's share of the batch covers the whole range.
-    strata = np.arange(batch_size) * ((np.sqrt(5) - 1) / 2) % 1
-    offset = jax.random.uniform(key)
-    fraction = (jnp.asarray(strata, offset.dtype) + offset) % 1
+    fraction = stratified(key, batch_size)
     if objective.kind == "direct":
         return jnp.full_like(fraction, objective.t_min)
     if objective.needs_images:
@@ -256,6 +264,15 @@ def draw_times(
         index = jnp.minimum(jnp.floor(steps * fraction) + 1, steps)
         return grid_time(objective, index, steps)
     return low + (high - low) * fraction
+
+
+def stratified(key: Array, batch_size: int) -> Array:
+    """Numbers ``[batch_size]`` in [0, 1), each uniform, that cover it evenly."""
+    # Multiples of the golden ratio fill the unit interval evenly from any index on, so
+    # that every device's share of the batch covers the whole range.
+    strata = np.arange(batch_size) * ((np.sqrt(5) - 1) / 2) % 1
+    offset = jax.random.uniform(key)
+    return (jnp.asarray(strata, offset.dtype) + offset) % 1
 
 
 def grid_steps(objective: Objective) -> int:
@@ -292,6 +309,27 @@ def adaptive_distance(objective: Objective, images: Array, targets: Array) -> Ar
         return distance
     size = stop_gradient(distance) + objective.adaptive_offset
     return distance / size**objective.adaptive_power
+
+
+def residual_metrics(
+    objective: Objective, images: Array, targets: Array, gain: Array
+) -> dict[str, Array]:
+    """How hard a loss pulls at the student's output, where a correction asks for it.
+
+    The gradient of an image's adaptive distance in that image, times ``gain [B]`` (the
+    loss's weight, and the derivative of the image in the output), in the units in which
+    that of the squared error is the difference. Its root mean square, a mean over
+    images, is `TRAJECTORY_RESIDUAL`.
+    """
+    if objective.correction.strength == 0:
+        return {}
+    images, targets = stop_gradient((images, targets))
+    pull = jax.grad(
+        lambda images: jnp.sum(adaptive_distance(objective, images, targets))
+    )(images)
+    axes = tuple(range(1, images.ndim))
+    size = jnp.sqrt(jnp.mean(pull**2, axis=axes)) * (images[0].size / 2)
+    return {TRAJECTORY_RESIDUAL: jnp.mean(gain * size)}
 
 
 def with_boundary(

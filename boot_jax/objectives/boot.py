@@ -7,7 +7,13 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives.base import Objective, Signal, adaptive_distance, with_boundary
+from boot_jax.objectives.base import (
+    Objective,
+    Signal,
+    adaptive_distance,
+    residual_metrics,
+    with_boundary,
+)
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import signal_target, step_fraction
@@ -41,7 +47,8 @@ def boot_loss(
       target_params: parameters of the target network; None for the student's own.
 
     Returns:
-      The loss, and ``{"loss/trajectory", "loss/boundary"}``, all scalars.
+      The loss, and ``{"loss/trajectory", "loss/boundary"}``, all scalars; where there
+      is a correction, also ``correction/trajectory_residual``, what it is relative to.
     """
     s = jnp.maximum(t - objective.delta, objective.t_min)
     k = step_fraction(schedule, t, s)
@@ -62,7 +69,7 @@ def boot_loss(
     }[objective.weighting]
     distance = adaptive_distance(objective, implied, stop_gradient(x_0))
     loss = jnp.mean(weight * distance)
-    return with_boundary(
+    total, metrics = with_boundary(
         loss,
         params,
         teacher_params,
@@ -73,3 +80,4 @@ def boot_loss(
         schedule,
         objective,
     )
+    return total, metrics | residual_metrics(objective, implied, x_0, weight / k)

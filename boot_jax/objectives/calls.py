@@ -17,16 +17,19 @@ class Calls:
         for each image of the batch, but for ``pid`` both are (or one and its tangent),
         so that its backward pass costs twice as much.
       images: real images read.
+      auxiliary: of the auxiliary network of a correction, its backward passes not
+        counted either.
     """
 
     teacher: float
     student: float
     images: float = 0.0
+    auxiliary: float = 0.0
 
     @property
     def total(self) -> float:
-        """Evaluations of either network."""
-        return self.teacher + self.student
+        """Evaluations of any network."""
+        return self.teacher + self.student + self.auxiliary
 
 
 def calls_of(objective: Objective, guided: bool = False) -> Calls:
@@ -59,8 +62,24 @@ def calls_of(objective: Objective, guided: bool = False) -> Calls:
         halves = 1 + (halves - 1) / objective.num_stages
     if objective.start_times:
         student += 1 / objective.start_stride  # the points to start from
-    return Calls(
+    calls = Calls(
         teacher=(teacher + boundary) * halves, student=student + boundary, images=images
+    )
+    return _corrected(calls, objective, 2 if guided else 1)
+
+
+def _corrected(calls: Calls, objective: Objective, halves: int) -> Calls:
+    """With a correction, which takes a share of the batch from the trajectories."""
+    correction = objective.correction
+    if correction.strength == 0:
+        return calls
+    share = 1 / correction.stride
+    learned = correction.updates / correction.auxiliary_stride
+    return Calls(
+        teacher=(1 - share) * calls.teacher + share * halves,
+        student=(1 - share) * calls.student + share + learned,
+        images=(1 - share) * calls.images,
+        auxiliary=share + learned,
     )
 
 

@@ -8,7 +8,13 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives.base import Objective, Signal, adaptive_distance, with_boundary
+from boot_jax.objectives.base import (
+    Objective,
+    Signal,
+    adaptive_distance,
+    residual_metrics,
+    with_boundary,
+)
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
@@ -51,7 +57,7 @@ def continuous_loss(
     if target_params is not None:
         y_t = signal(params, eps, t, condition)
     loss = jnp.mean(adaptive_distance(objective, y_t, target))
-    return with_boundary(
+    total, metrics = with_boundary(
         loss,
         params,
         teacher_params,
@@ -62,3 +68,5 @@ def continuous_loss(
         schedule,
         objective,
     )
+    residual = residual_metrics(objective, y_t, target, jnp.ones_like(t))
+    return total, metrics | residual

@@ -34,7 +34,13 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from boot_jax.guidance import Denoiser
-from boot_jax.objectives.base import Objective, Signal, adaptive_distance, with_boundary
+from boot_jax.objectives.base import (
+    Objective,
+    Signal,
+    adaptive_distance,
+    residual_metrics,
+    with_boundary,
+)
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
@@ -76,7 +82,7 @@ def pid_loss(
     x_0 = stop_gradient(denoise(teacher_params, x_t, t, condition))
     implied = y_t - expand(schedule.dt_dlambda(t), slope) * slope
     loss = jnp.mean(adaptive_distance(objective, implied, x_0))
-    return with_boundary(
+    total, metrics = with_boundary(
         loss,
         params,
         teacher_params,
@@ -87,3 +93,6 @@ def pid_loss(
         schedule,
         objective,
     )
+    # As in continuous time; the pull on the derivative is left out.
+    residual = residual_metrics(objective, implied, x_0, jnp.ones_like(t))
+    return total, metrics | residual

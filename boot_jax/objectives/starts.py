@@ -89,19 +89,30 @@ def draw_starts(
 ) -> tuple[Array, Array]:
     """Starting times ``u`` and target times ``t`` of a batch, ``[batch_size]`` each.
 
-    Every n-th start is uniform in ``objective.start_times``, all others are ``t_max``;
-    the target times, drawn as by `draw_times`, are squeezed below their start.
+    The former are uniform in ``objective.start_times``, the latter are those of
+    `draw_times`. See `choose_starts`.
     """
     start_key, time_key = jax.random.split(key)
-    t = draw_times(objective, time_key, batch_size, progress)
     low, high = objective.start_times
-    stride = objective.start_stride
-    drawn = low + (high - low) * jax.random.uniform(start_key, (batch_size,), t.dtype)
-    starts = jnp.arange(batch_size) % stride == 0
-    u = jnp.where(starts, drawn, jnp.full_like(drawn, objective.t_max))
+    u = low + (high - low) * jax.random.uniform(start_key, (batch_size,))
+    return u, draw_times(objective, time_key, batch_size, progress)
+
+
+def choose_starts(objective: Objective, u: Array, t: Array) -> tuple[Array, Array]:
+    """Leaves every ``objective.start_stride``-th start where it is; others are noise.
+
+    Args:
+      objective: for the share that starts below, and ``t_max`` of the noise.
+      u: ``[B]``, starting times.
+      t: ``[B]``, target times below ``t_max``.
+
+    Returns:
+      Both ``[B]``; target times are squeezed below their start.
+    """
+    starts = jnp.arange(u.shape[0]) % objective.start_stride == 0
     lowest = lowest_time(objective)
     squeezed = lowest + (t - lowest) * (u - lowest) / (objective.t_max - lowest)
-    return u, jnp.where(starts, squeezed, t)
+    return jnp.where(starts, u, objective.t_max), jnp.where(starts, squeezed, t)
 
 
 def started_loss(
@@ -125,7 +136,7 @@ def started_loss(
       teacher_params: the teacher's.
       eps: ``[B, H, W, C]`` standard normal.
       u: ``[B]``; every ``objective.start_stride``-th may lie below ``t_max``.
-      t: ``[B]``, at most ``u``; see `draw_starts`.
+      t: ``[B]``, at most ``u``; see `choose_starts`.
       condition: a pytree with leading size ``B``, or None.
       jump: the student; its signal is ``jump`` from the noise at ``t_max``.
       denoise: the teacher, guided and thresholded as its sampler does it.
@@ -154,7 +165,7 @@ def started_loss(
     def from_starts(params: Any, noise: Array, t: Array, condition: Any) -> Array:
         return jump(params, expand(scale, noise) * noise, u, t, condition)
 
-    loss, _ = LOSSES[objective.kind](
+    loss, told = LOSSES[objective.kind](
         params,
         teacher_params,
         noise,
@@ -166,7 +177,7 @@ def started_loss(
         objective=dataclasses.replace(objective, boundary_weight=0.0),
         target_params=target_params,
     )
-    return with_boundary(
+    total, metrics = with_boundary(
         loss,
         params,
         teacher_params,
@@ -177,6 +188,7 @@ def started_loss(
         schedule,
         objective,
     )
+    return total, told | metrics
 
 
 def _replace_every(stride: int, all_of: Array, some: Array) -> Array:

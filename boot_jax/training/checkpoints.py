@@ -141,7 +141,8 @@ class Checkpoints:
             ) from error
         metadata = self._metadata | {"state": described}
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+            state=ocp.args.StandardSave(_parts(state)),
+            metadata=ocp.args.JsonSave(metadata),
         )
         self._attempt(lambda: self._manager.save(step, args=arguments))
 
@@ -286,15 +287,16 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=leaf.sharding
             ),
-            template,
+            _parts(template),
         )
         state, why = None, None
         try:
             # The handler alone: a process that fails keeps no other waiting.
-            state = ocp.StandardCheckpointHandler().restore(
+            parts = ocp.StandardCheckpointHandler().restore(
                 epath.Path(self._directory / str(step) / "state"),
                 args=ocp.args.StandardRestore(shapes),
             )
+            state = template.replace(**parts)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # no fault of the checkpoint
         except Exception as error:  # whatever tensorstore meets in a damaged file
@@ -335,6 +337,12 @@ class Checkpoints:
         """Finishes what is in progress and lets go of the directory."""
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._manager.close()  # what failed has been told already
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What a state holds, by field; one that is None is as if it did not exist."""
+    fields = ((f.name, getattr(state, f.name)) for f in dataclasses.fields(state))
+    return {name: value for name, value in fields if value is not None}
 
 
 def reason(error: BaseException) -> str:

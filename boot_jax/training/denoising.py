@@ -13,7 +13,8 @@ from boot_jax.prediction import expand, from_x_0
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.solvers import add_noise
 from boot_jax.tokenizers.words import PADDING
-from boot_jax.training.step import Loss, split_batch
+from boot_jax.training.microbatches import split_batch
+from boot_jax.training.step import Loss
 
 
 def denoising_loss(

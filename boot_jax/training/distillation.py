@@ -19,12 +19,14 @@ from boot_jax.objectives import (
     Jump,
     Objective,
     Signal,
+    choose_starts,
     draw_starts,
     draw_times,
     started_loss,
 )
 from boot_jax.schedules import NoiseSchedule
-from boot_jax.training.step import Loss, split_batch
+from boot_jax.training.microbatches import split_batch
+from boot_jax.training.step import Loss
 
 #: Where a batch carries real images ``[B, H, W, C]``; or the teacher's stored samples
 #: alike, and the indices ``[B]`` of the noises that these start from.
@@ -106,7 +108,7 @@ def distillation_loss(
         }
         if objective.start_times:
             assert jump is not None
-            u, t = t
+            u, t = choose_starts(objective, *t)
             return started_loss(
                 params, teacher_params, eps, u, t, condition, jump=jump, **shared
             )

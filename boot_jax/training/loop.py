@@ -1,8 +1,8 @@
 """The only loop; both trainings use it."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -14,8 +14,22 @@ from boot_jax.training.state import TrainState
 
 # A save may take so many times as long as a step before it counts as hung.
 _PATIENCE_WITH_DISKS = 4.0
-# So may a grid, the first of which compiles and runs the teacher's sampler.
-_PATIENCE_WITH_GRIDS = 4.0
+# So may a grid or a check, the first of which compiles and runs the teacher's sampler.
+_PATIENCE_WITH_HOOKS = 4.0
+
+
+class Hook(NamedTuple):
+    """Something to do on the way.
+
+    Attributes:
+      name: of what it makes, for whoever waits for it.
+      every: steps between calls.
+      call: told the step and the moving average; None for nothing.
+    """
+
+    name: str
+    every: int
+    call: Callable[[int, Any], None] | None
 
 
 def fit(
@@ -32,8 +46,7 @@ def fit(
     logger: Logger,
     interruption: Interruption,
     watchdog: Watchdog,
-    show: Callable[[int, Any], None] | None = None,
-    show_every: int = 0,
+    hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Runs ``train_step`` until ``num_steps``, saving and logging on the way.
 
@@ -52,8 +65,8 @@ def fit(
       checkpoints, logger: where to save and what to tell.
       interruption: asked after every dispatch.
       watchdog: told of every dispatch.
-      show, show_every: called with the step and the moving average, every so many
-        steps.
+      hooks: what else to do on the way; each one's ``every`` a multiple of
+        ``steps_per_dispatch``.
 
     Returns:
       The last state, saved.
@@ -83,9 +96,10 @@ def fit(
             if stop:
                 checkpoints.finish(state)
                 raise Preempted(f"saved step {end} of {num_steps}")
-            if show is not None and end % show_every == 0:
-                watchdog.beat(f"the grid of step {end}", _PATIENCE_WITH_GRIDS)
-                show(end, state.ema_params)
+            for name, every, call in hooks:
+                if call is not None and end % every == 0:
+                    watchdog.beat(f"the {name} of step {end}", _PATIENCE_WITH_HOOKS)
+                    call(end, state.ema_params)
         watchdog.beat("the last save", _PATIENCE_WITH_DISKS)
         checkpoints.finish(state)
     return state

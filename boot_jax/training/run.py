@@ -15,10 +15,16 @@ from jax.sharding import Mesh
 from boot_jax import distributed, sharding
 from boot_jax.interruption import Interruption, Watchdog
 from boot_jax.training import logs
+from boot_jax.training.auxiliary import Auxiliary
 from boot_jax.training.checkpoints import CheckpointError, Checkpoints
 from boot_jax.training.health import Health, group_names
-from boot_jax.training.loop import default_dispatch, dispatch_length, fit
-from boot_jax.training.state import TrainState, create_optimizer, create_state
+from boot_jax.training.loop import Hook, default_dispatch, dispatch_length, fit
+from boot_jax.training.state import (
+    AuxiliaryState,
+    TrainState,
+    create_optimizer,
+    create_state,
+)
 from boot_jax.training.step import Loss, make_train_step
 
 
@@ -38,32 +44,54 @@ def optimizer_from(training: Any) -> optax.GradientTransformation:
 
 
 def state_template(
-    init: Callable[[Array], Any], training: Any, mesh: Mesh, mesh_config: Any
+    init: Callable[[Array], Any],
+    training: Any,
+    mesh: Mesh,
+    mesh_config: Any,
+    auxiliary: Auxiliary | None = None,
 ) -> Any:
     """The shapes of a training's state, each with its sharding; nothing is computed.
 
-    The moving average and the optimizer's moments live where their parameter lives.
+    The moving average and the optimizer's moments live where their parameter lives; the
+    parameters of an auxiliary network where the same rules say.
     """
     optimizer = optimizer_from(training)
-    shapes = jax.eval_shape(
-        lambda key: create_state(init(key), optimizer), jax.random.key(0)
-    )
+
+    def create(key: Array) -> TrainState:
+        second = None if auxiliary is None else auxiliary.create(key)
+        return create_state(init(key), optimizer, second)
+
+    shapes = jax.eval_shape(create, jax.random.key(0))
     everywhere = sharding.replicated(mesh)
-    params = sharding.parameter_shardings(
-        shapes.params, mesh, mesh_config.rules, mesh_config.fsdp_min_size
-    )
+
+    def of_params(params: Any) -> Any:
+        return sharding.parameter_shardings(
+            params, mesh, mesh_config.rules, mesh_config.fsdp_min_size
+        )
+
+    def of_moments(
+        optimizer: optax.GradientTransformation, moments: Any, params: Any
+    ) -> Any:
+        return optax.tree_map_params(
+            optimizer,
+            lambda _, where: where,
+            moments,
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+
+    params, second = of_params(shapes.params), shapes.auxiliary
+    if auxiliary is not None:
+        own = of_params(second.params)
+        moments = of_moments(auxiliary.optimizer, second.opt_state, own)
+        second = AuxiliaryState(params=own, opt_state=moments)
     shardings: Any = shapes.replace(
         step=everywhere,
         params=params,
         ema_params=params,
-        opt_state=optax.tree_map_params(
-            optimizer,
-            lambda _, where: where,
-            shapes.opt_state,
-            params,
-            transform_non_params=lambda _: everywhere,
-        ),
+        opt_state=of_moments(optimizer, shapes.opt_state, params),
         skipped=everywhere,
+        auxiliary=second,
     )
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(
@@ -101,6 +129,7 @@ def train(
     interruption: Interruption,
     convolutional: bool = False,
     show: Callable[[int, Any], None] | None = None,
+    check: Callable[[int, Any], None] | None = None,
 ) -> TrainState:
     """Trains until ``training.num_steps``, from the newest checkpoint if there is one.
 
@@ -122,6 +151,7 @@ def train(
       interruption: what may ask the run to stop.
       convolutional: whether the network is, for the choice of steps per dispatch.
       show: called with step and moving average every ``run.sample_every`` steps.
+      check: called alike every ``run.recall_every`` steps.
 
     Returns:
       The state at the last step, saved.
@@ -138,7 +168,7 @@ def train(
         logs.require_wandb()  # now, before anything is written
     distributed.on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
     record = functools.partial(logs.record, directory)
-    template = state_template(init, training, mesh, config.mesh)
+    template = state_template(init, training, mesh, config.mesh, loss.auxiliary)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
     checkpoints = Checkpoints(
         directory / "checkpoints",
@@ -150,7 +180,7 @@ def train(
     )
     if checkpoints.latest_step() is None:
         _refuse_lost(directory, checkpoints)
-        state = _first_state(init, key, training, shardings)
+        state = _first_state(init, key, training, shardings, loss.auxiliary)
         checkpoints.save(state)
     else:
         state = checkpoints.restore(template)
@@ -164,6 +194,7 @@ def train(
         training.num_steps,
         run.checkpoint_every,
         run.sample_every,
+        run.recall_every if check is not None else 0,
         start,
     )
     train_step = make_train_step(
@@ -214,8 +245,10 @@ def train(
             logger=logger,
             interruption=interruption,
             watchdog=Watchdog(run.watchdog_seconds),
-            show=show,
-            show_every=run.sample_every,
+            hooks=[
+                Hook("grid", run.sample_every, show),
+                Hook("recall", run.recall_every, check),
+            ],
         )
     finally:
         # Nothing that this meets may hide what has happened. A peer that is gone would
@@ -226,12 +259,25 @@ def train(
 
 
 def _first_state(
-    init: Callable[[Array], Any], key: Array, training: Any, shardings: TrainState
+    init: Callable[[Array], Any],
+    key: Array,
+    training: Any,
+    shardings: TrainState,
+    auxiliary: Auxiliary | None,
 ) -> TrainState:
-    fresh = init(jax.random.fold_in(key, 2**32 - 1))  # no step has this number
-    params = sharding.place(fresh, shardings.params)
-    create = functools.partial(create_state, optimizer=optimizer_from(training))
-    return jax.jit(create, out_shardings=shardings)(params)
+    # No step has these numbers.
+    params = init(jax.random.fold_in(key, 2**32 - 1))
+    second, where = None, None
+    if auxiliary is not None:
+        second = auxiliary.init(jax.random.fold_in(key, 2**32 - 2))
+        where = shardings.auxiliary.params
+    placed = sharding.place((params, second), (shardings.params, where))
+
+    def create(params: Any, second: Any) -> TrainState:
+        own = None if auxiliary is None else auxiliary.state_of(second)
+        return create_state(params, optimizer_from(training), own)
+
+    return jax.jit(create, out_shardings=shardings)(*placed)
 
 
 def _refuse_lost(directory: pathlib.Path, checkpoints: Checkpoints) -> None:

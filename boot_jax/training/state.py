@@ -11,6 +11,18 @@ from jax import Array
 LEARNING_RATE_DECAYS = ("constant", "cosine")
 
 
+class AuxiliaryState(flax.struct.PyTreeNode):
+    """Of a second network, which is trained beside the first and not averaged.
+
+    Attributes:
+      params: float32 parameters.
+      opt_state: its own optimizer's.
+    """
+
+    params: Any
+    opt_state: Any
+
+
 class TrainState(flax.struct.PyTreeNode):
     """All that a run remembers; noise, times and labels are functions of seed and step.
 
@@ -20,6 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
       ema_params: their exponential moving average, which is what gets used.
       opt_state: the optimizer's.
       skipped: int32 scalar, the updates left out because they were not finite.
+      auxiliary: an `AuxiliaryState`; None where there is no second network.
     """
 
     step: Array
@@ -27,9 +40,14 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Any
     opt_state: Any
     skipped: Array
+    auxiliary: Any = None
 
 
-def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    auxiliary: AuxiliaryState | None = None,
+) -> TrainState:
     """A state at step 0, whose average is a copy of the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -37,6 +55,7 @@ def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainS
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
+        auxiliary=auxiliary,
     )
 
 

@@ -17,7 +17,12 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from boot_jax.training import health
+from boot_jax.training.auxiliary import Auxiliary
+from boot_jax.training.microbatches import mean_over_microbatches
 from boot_jax.training.state import TrainState, update_ema
+
+# No microbatch has this number.
+_AUXILIARY_STREAM = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +36,13 @@ class Loss:
       value: ``(params, ema_params, frozen, inputs, key) -> (loss, metrics)`` of one
         microbatch; ``frozen`` is what is not trained, such as the teacher's parameters,
         and ``key`` is for what images do not share a stream in, such as dropout.
+      auxiliary: a second network that is trained before each update; ``value`` is then
+        given ``(frozen, its parameters)`` as ``frozen``. None for none.
     """
 
     draw: Callable[[Any, Array, Any, int], Any]
     value: Callable[[Any, Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
+    auxiliary: Auxiliary | None = None
 
     def __call__(
         self,
@@ -68,13 +76,6 @@ def as_loss(function: Callable[..., Any]) -> Loss:
         return function(params, ema_params, frozen, *inputs)
 
     return Loss(draw, value)
-
-
-def split_batch(tree: Any, microbatches: int) -> Any:
-    """``[B, ...]`` as ``[m, B / m, ...]``."""
-    return jax.tree.map(
-        lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), tree
-    )
 
 
 def make_train_step(
@@ -118,9 +119,26 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
         inputs = loss.draw(batch, key, state.step / num_steps, microbatches)
-        (value, metrics), grads = _mean_gradient(
-            loss, state, frozen, inputs, key, microbatches
-        )
+        auxiliary, known, said = state.auxiliary, frozen, {}
+        if loss.auxiliary is not None:
+            auxiliary, said = loss.auxiliary.train(
+                auxiliary,
+                state.params,
+                frozen,
+                inputs,
+                jax.random.fold_in(key, _AUXILIARY_STREAM),
+                microbatches,
+            )
+            known = frozen, auxiliary.params
+
+        def of_one(index: Any, part: Any) -> Any:
+            own_key = jax.random.fold_in(key, index)
+            return jax.value_and_grad(loss.value, has_aux=True)(
+                state.params, state.ema_params, known, part, own_key
+            )
+
+        (value, metrics), grads = mean_over_microbatches(of_one, inputs, microbatches)
+        metrics |= said
         # Optax raises a float to the power of an integer count.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -129,6 +147,7 @@ def make_train_step(
             params=params,
             ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
             opt_state=opt_state,
+            auxiliary=auxiliary,
         )
         finite = {
             health.GRADIENTS: health.finite_groups(grads),
@@ -136,6 +155,8 @@ def make_train_step(
         }
         if skip_nonfinite:
             sound = jnp.isfinite(value) & jnp.all(jnp.stack([*finite.values()]))
+            for part in jax.tree.leaves((auxiliary, said)):
+                sound &= jnp.all(jnp.isfinite(part))
             new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
             skipped = state.skipped + jnp.where(sound, 0, 1).astype(jnp.int32)
             new = new.replace(skipped=skipped)
@@ -160,32 +181,3 @@ def make_train_step(
     return jax.jit(
         train_step, donate_argnums=0, out_shardings=(state_sharding, metrics_sharding)
     )
-
-
-def _mean_gradient(
-    loss: Loss,
-    state: TrainState,
-    frozen: Any,
-    inputs: Any,
-    key: Array,
-    microbatches: int,
-) -> tuple[tuple[Array, dict[str, Array]], Any]:
-    """``((loss, metrics), gradient)``, means over the microbatches."""
-
-    def of_one(index: Any, part: Any) -> Any:
-        return jax.value_and_grad(loss.value, has_aux=True)(
-            state.params, state.ema_params, frozen, part, jax.random.fold_in(key, index)
-        )
-
-    first = jax.tree.map(lambda leaf: leaf[0], inputs)
-    if microbatches == 1:
-        return of_one(0, first)
-
-    def add(total: Any, item: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_one(*item)), None
-
-    indices = jnp.arange(microbatches)
-    shapes = jax.eval_shape(of_one, indices[0], first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (indices, inputs))
-    return jax.tree.map(lambda leaf: leaf / microbatches, total)
