@@ -15,7 +15,7 @@ METHODS = {
         "objective.adaptive_power=0.0",
     ),
     "pid": ("objective.kind=pid",),
-    "direct": ("objective.kind=direct",),
+    "direct": ("objective.kind=direct", "objective.solver=ddim"),
     "progressive": (
         "objective.kind=progressive",
         "objective.teacher_steps=32",

@@ -25,11 +25,8 @@ _ROUNDING = 50
 def calls_per_step(run: Run) -> Calls:
     """What one step of a run's training costs: the evaluations of a whole batch."""
     calls, batch = calls_of(run.objective, run.is_guided), run.config.distill.batch_size
-    return Calls(
-        teacher=calls.teacher * batch,
-        student=calls.student * batch,
-        images=calls.images * batch,
-    )
+    each = {name: batch * value for name, value in dataclasses.asdict(calls).items()}
+    return Calls(**each)
 
 
 def steps_within(base: Run, run: Run, amount: float) -> int:

@@ -96,7 +96,7 @@ def corrected_loss(
     ) -> tuple[Array, dict[str, Array]]:
         given, trained = frozen
         drawn, (noise, r) = inputs
-        (eps, _, read), rest = split_share(drawn, correction.stride)
+        (eps, _, read, _), rest = split_share(drawn, correction.stride)
         loss, metrics = trajectories.value(params, ema_params, given, rest, key)
         teacher_params, condition = told(given, read)
         own, more = correction_loss(
@@ -122,7 +122,7 @@ def corrected_loss(
 
     def draw_samples(inputs: Any, key: Array, microbatches: int) -> Any:
         """Fresh noise for conditions of the step."""
-        (eps, _, condition), _ = inputs
+        (eps, _, condition, _), _ = inputs
         stride = correction.auxiliary_stride
         like, read = jax.tree.map(lambda leaf: leaf[:, ::stride], (eps, condition))
         eps_key, own_key = jax.random.split(key)
