@@ -402,6 +402,22 @@ def test_equal_calls_make_equal_budgets():
     assert budget.steps_within(base, base, 1.0) == 5000
     assert budget.steps_within(base, run, 1.0) == 2500
     assert budget.steps_within(base, run, 0.2) == 500
+    stored = methods.Method(
+        "stored",
+        (
+            "objective.kind=direct",
+            "objective.solver=ddim",
+            "objective.teacher_steps=16",
+            "objective.stored_samples=20000",
+        ),
+    )
+    run = run_of(stored.config(config))
+    # 16 evaluations for each sample before the first step, then one of the student.
+    assert budget.steps_within(base, run, 1.0) == (15_000 * 128 - 320_000) / 128
+    spent = budget.calls_of_training(run, 12_500)
+    assert (spent.teacher, spent.student) == (320_000, 12_500 * 128)
+    with pytest.raises(ConfigError, match="stored samples take 320,000 network calls"):
+        budget.steps_within(base, run, 0.1)
     config.compare.budget = "steps"
     assert budget.steps_within(base, run, 2.0) == 10_000
 

@@ -207,11 +207,11 @@ class Cell:
         write_text(self.folder / "config.json", config_lib.to_json(config))
 
     def _costs(self, steps: int) -> dict[str, Any]:
-        calls = budget.calls_per_step(self._run())
+        calls = budget.calls_of_training(self._run(), steps)
         logs = [path.parent for path in self.folder.rglob("metrics.jsonl")]
         totals = dataclasses.asdict(calls).items()
         return {
-            "calls": {name: round(steps * value) for name, value in totals},
+            "calls": {name: round(value) for name, value in totals},
             "steps": steps,
             "seconds": sum(training_seconds(folder) for folder in logs),
             "memory": {
