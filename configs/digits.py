@@ -6,6 +6,30 @@ python -m boot_jax.main --config=configs/digits.py
 from boot_jax.config import default_config
 
 
+# What each method needs to be at its best here, beside the settings of all.
+METHODS = {
+    "boot": (
+        "objective.kind=boot",
+        "objective.weighting=uniform",
+        "objective.boundary_weight=1.0",
+        "objective.boundary_share=0.25",
+        "objective.adaptive_power=0.0",
+    ),
+    "pid": ("objective.kind=pid",),
+    "direct": ("objective.kind=direct",),
+    "progressive": (
+        "objective.kind=progressive",
+        "objective.teacher_steps=32",
+        "objective.adaptive_power=0.0",
+    ),
+    "consistency": (
+        "objective.kind=consistency",
+        "objective.target_network=ema",
+        "objective.grid_power=2.0",
+    ),
+}
+
+
 def get_config():
     config = default_config()
     config.title = "Digits: a diffusion transformer in one step"
@@ -26,13 +50,6 @@ def get_config():
     config.distill.learning_rate = 2e-3
     config.distill.num_steps = 5000
     config.run.checkpoint_every = 500
-    config.compare.variants = {  # --mode=compare --config.compare.kinds=continuous,boot
-        "boot": (
-            "objective.kind=boot",
-            "objective.weighting=uniform",
-            "objective.boundary_weight=1.0",
-            "objective.boundary_share=0.25",
-            "objective.adaptive_power=0.0",
-        ),
-    }
+    config.compare.kinds = ("continuous", *METHODS)
+    config.compare.variants = METHODS
     return config

@@ -51,6 +51,7 @@ VARIANTS = {
 def get_config():
     config = sibling("digits")
     config.title = "Digits: the choices that the paper leaves open"
+    config.compare.kinds = ()
     config.compare.variants = VARIANTS
     return config
 

@@ -181,7 +181,7 @@ def test_a_finished_comparison_only_collects(digits, capsys, monkeypatch):
     # A part of it: only that is told.
     assert command(*flags, "--config.compare.kinds=ddim", *ALL[1:]) == 0
     assert {cell["method"] for cell in compared(workdir)["cells"]} == {"ddim"}
-    assert f"comparison: {workdir / 'comparison.md'}" in capsys.readouterr().out
+    assert f"comparison: {workdir / 'comparison.html'}" in capsys.readouterr().out
 
 
 def test_a_cell_is_scored_as_by_evaluate(digits):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from command import DIGITS, MIXTURE, command, write_config
 from test_end_to_end import Killed, assert_same_state, saved_state
+from test_text_run import SHAPES
 
 from boot_jax import stored
 from boot_jax.config import default_config
 from boot_jax.interruption import Interruption
 from boot_jax.run import Run
-from boot_jax.sampling import image_noise
+from boot_jax.sampling import image_noise, many_steps, stored_noise
 from boot_jax.sharding import create_mesh
 from boot_jax.solvers import add_noise, ddim_step, time_grid
 from boot_jax.trained import trained_pair
@@ -108,11 +109,14 @@ def digits(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--config.objective.stored_samples=50",)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        *((kind, ()) for kind in KINDS),
+        ("direct", ("--config.objective.stored_samples=50",)),
+    ],
+)
 def test_a_whole_run_on_digits(tmp_path, digits, kind, options):
-    if options and kind != "direct":
-        pytest.skip("only direct reads a stored set")
     workdir = tmp_path / "run"
     flags = (*digits, f"--workdir={workdir}", f"--config.objective.kind={kind}")
     flags += options
@@ -147,6 +151,49 @@ def test_a_whole_run_on_digits(tmp_path, digits, kind, options):
     made = exported.call(eps, labels)
     ours = trained_pair(run_of(workdir)).student()(eps, {"label": labels})
     np.testing.assert_allclose(made, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_prompts_and_captions(tmp_path):
+    """Stored samples of prompts, and images with captions."""
+    (tmp_path / "prompts.txt").write_text("a red square\na green triangle\n")
+    taught = tmp_path / "taught"
+    config = (
+        write_config(tmp_path, SHAPES),
+        f"--config.prompts.path={tmp_path / 'prompts.txt'}",
+    )
+    assert command(*config, f"--workdir={taught}", "--mode=teacher") == 0
+    learn = (
+        *config,
+        "--mode=distill",
+        "--config.teacher.source=checkpoint",
+        f"--config.teacher.path={taught / 'teacher'}",
+        "--config.objective.teacher_steps=2",
+        "--config.distill.num_steps=10",
+    )
+    for kind in ("direct", "progressive", "consistency"):
+        workdir = tmp_path / kind
+        flags = (*learn, f"--workdir={workdir}", f"--config.objective.kind={kind}")
+        if kind == "direct":
+            flags += ("--config.objective.stored_samples=24",)
+        assert command(*flags) == 0
+        rows = logs.read_metrics(workdir)
+        assert rows[-1]["step"] == 10 and np.isfinite(rows[-1]["loss"])
+    folder = tmp_path / "direct" / "stored_samples"
+    assert {path.stem for path in folder.glob("*.npy")} == {"target", "prompt"}
+    prompt = np.load(folder / "prompt.npy")
+    assert prompt.shape == (24,) and set(prompt) == {0, 1}
+    # A prompt's samples are of the prompt: the guided teacher's, one by one.
+    run = run_of(tmp_path / "direct")
+    pair = trained_pair(run)
+    eps = stored_noise(0, np.arange(24), run.teacher.sample_shape)
+    sampler = many_steps(
+        run.denoise, run.teacher.params, run.teacher.schedule, 2, solver="heun"
+    )
+    tokens = run.prompts.cache.take(prompt)["tokens"]
+    made = sampler(eps, pair.encode({"tokens": tokens}))
+    kept = np.load(folder / "target.npy")
+    np.testing.assert_allclose(kept, made, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

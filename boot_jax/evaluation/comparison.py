@@ -15,23 +15,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from boot_jax.evaluation.report import EN_DASH, MORE_FIGURES
+from boot_jax.evaluation.figures import columns_of
+from boot_jax.evaluation.pages import EN_DASH
 
 #: What an interval is over.
 OVER_SEEDS, OVER_IMAGES = "seeds", "images"
 
-# Columns of the table, and their decimals.
-_COLUMNS = {
-    "frechet_distance": ("Fréchet distance ↓", ".3f"),
-    "normalized_error": ("error ↓", ".4f"),
-    "precision": ("precision ↑", ".3f"),
-    "recall": ("recall ↑", ".3f"),
-    **{
-        name: (f"{above} {below}".strip(), form)
-        for name, (above, below, form) in MORE_FIGURES.items()
-    },
-    "ddim_equivalent_steps": ("worth in DDIM steps ↑", ".1f"),
-}
+# More columns of the table, and their decimals.
+_MORE = {"ddim_equivalent_steps": ("worth in DDIM steps ↑", ".1f")}
 
 _NOTES = {
     OVER_SEEDS: "Intervals of {} seeds: 95 %, Student's t over the seeds.",
@@ -127,14 +118,10 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         ``budget``, ``features``, ``num_images``, ``data``, ``device``, ``warnings``.
     """
     methods, by = comparison["methods"], comparison["budget"]["by"]
-    columns = {
-        name: (
-            comparison["distance_name"] + " ↓" if name == "frechet_distance" else head,
-            form,
-        )
-        for name, (head, form) in _COLUMNS.items()
-        if any(name in method["figures"] for method in methods)
-    }
+    there = {name for method in methods for name in method["figures"]}
+    known = columns_of(comparison["distance_name"], there)
+    shown = {name: (column.title, column.form) for name, column in known.items()}
+    columns = {k: head for k, head in (shown | _MORE).items() if k in there}
     several = len(comparison["budget"]["amounts"]) > 1
     head = ["method", *([f"budget ({by})"] if several else [])]
     head += [head for head, _ in columns.values()]
