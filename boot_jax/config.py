@@ -284,7 +284,8 @@ def default_config() -> Any:
         }
     )
     config.lock()
-    config.compare.variants.unlock()  # names are free
+    variants: Any = config.compare.variants
+    variants.unlock()  # their names are free
     return config
 
 

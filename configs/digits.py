@@ -5,7 +5,6 @@ python -m boot_jax.main --config=configs/digits.py
 
 from boot_jax.config import default_config
 
-
 # What each method needs to be at its best here, beside the settings of all.
 METHODS = {
     "boot": (

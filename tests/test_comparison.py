@@ -113,7 +113,13 @@ def test_the_table_says_all_of_it():
     head, rule, boot, other, *teacher = text.splitlines()
     columns = [part.strip() for part in head.strip("|").split("|")]
     assert columns == [
-        *("method", "Fréchet distance ↓", "normalised error ↓", "steps", "teacher calls"),
+        *(
+            "method",
+            "Fréchet distance ↓",
+            "normalised error ↓",
+            "steps",
+            "teacher calls",
+        ),
         *("student calls", "real images", "seconds", "memory", "needs data"),
     ]
     assert (
