@@ -314,7 +314,8 @@ def default_config() -> Any:
         }
     )
     config.lock()
-    config.compare.variants.unlock()  # names are free  # type: ignore
+    variants: Any = config.compare.variants
+    variants.unlock()  # their names are free
     return config
 
 

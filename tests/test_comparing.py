@@ -214,6 +214,7 @@ def test_a_cell_is_scored_as_by_evaluate(digits):
     assert found == alone["student"]
 
 
+@pytest.mark.slow
 def test_other_figures_are_taken_without_training(digits, monkeypatch):
     flags, workdir = digits
     monkeypatch.setattr(logs.Logger, "__init__", None)
@@ -301,6 +302,7 @@ def test_two_processes_share_the_cells(mixture):
     assert len(compared(workdir)["cells"]) == 2
 
 
+@pytest.mark.slow
 def test_seconds_are_timed_once_and_kept(mixture):
     flags, workdir = mixture
     flags = (*flags, "--config.compare.kinds=ddim", "--config.compare.budget=seconds")
@@ -324,7 +326,8 @@ def test_seconds_are_timed_once_and_kept(mixture):
 
 def test_a_misspelt_method_is_one_line(mixture, capsys):
     line = refusal(capsys, *mixture[0], "--config.compare.kinds=ddin")
-    assert line.endswith("boot, continuous, ddim, diverges; did you mean 'ddim'?")
+    assert "compare.kinds is 'ddin', but must be one of boot, " in line
+    assert line.endswith("; did you mean 'ddim'?") and " diverges," in line
 
 
 def configured(**compare):
@@ -402,6 +405,22 @@ def test_equal_calls_make_equal_budgets():
     assert budget.steps_within(base, base, 1.0) == 5000
     assert budget.steps_within(base, run, 1.0) == 2500
     assert budget.steps_within(base, run, 0.2) == 500
+    stored = methods.Method(
+        "stored",
+        (
+            "objective.kind=direct",
+            "objective.solver=ddim",
+            "objective.teacher_steps=16",
+            "objective.stored_samples=20000",
+        ),
+    )
+    run = run_of(stored.config(config))
+    # 16 evaluations for each sample before the first step, then one of the student.
+    assert budget.steps_within(base, run, 1.0) == (15_000 * 128 - 320_000) / 128
+    spent = budget.calls_of_training(run, 12_500)
+    assert (spent.teacher, spent.student) == (320_000, 12_500 * 128)
+    with pytest.raises(ConfigError, match="stored samples take 320,000 network calls"):
+        budget.steps_within(base, run, 0.1)
     config.compare.budget = "steps"
     assert budget.steps_within(base, run, 2.0) == 10_000
 

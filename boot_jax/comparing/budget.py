@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from boot_jax import distributed, pipeline
-from boot_jax.objectives.calls import Calls, calls_of
+from boot_jax.config import ConfigError
+from boot_jax.objectives.calls import Calls, calls_before, calls_of
 from boot_jax.run import Run
 from boot_jax.training.logs import read_metrics
 from boot_jax.training.loop import default_dispatch, dispatch_length
@@ -29,6 +30,16 @@ def calls_per_step(run: Run) -> Calls:
     return Calls(**each)
 
 
+def calls_of_training(run: Run, steps: int) -> Calls:
+    """What all of a run's training costs, in so many steps."""
+    calls = calls_per_step(run)
+    return Calls(
+        teacher=steps * calls.teacher + calls_before(run.objective, run.is_guided),
+        student=steps * calls.student,
+        images=steps * calls.images,
+    )
+
+
 def steps_within(base: Run, run: Run, amount: float) -> int:
     """The steps of a method that cost ``amount`` times what the config's own run does.
 
@@ -36,10 +47,21 @@ def steps_within(base: Run, run: Run, amount: float) -> int:
       base: the config's own run; its ``compare.budget`` is ``calls`` or ``steps``.
       run: of the method.
       amount: of the budget.
+
+    Raises:
+      ConfigError: the calls do not suffice for what comes before the first step.
     """
     steps = amount * base.config.distill.num_steps
     if base.config.compare.budget == "calls":
-        steps *= calls_per_step(base).total / calls_per_step(run).total
+        given = amount * calls_of_training(base, base.config.distill.num_steps).total
+        before = calls_before(run.objective, run.is_guided)
+        if before >= given:
+            raise ConfigError(
+                f"its stored samples take {before:,} network calls, but the budget is "
+                f"{given:,.0f}; set objective.stored_samples lower, or compare.amounts "
+                "higher"
+            )
+        steps = (given - before) / calls_per_step(run).total
     return rounded_steps(steps, base.config.run)
 
 

@@ -57,8 +57,9 @@ class Cell:
           WorkdirError: its folder is of another config.
         """
         try:
-            validation.validate(self._configured(1))
-            config = self._configured(self._planned_steps() or 1)
+            validation.validate(self._configured())
+            config = self._configured(self._planned_steps())
+            validation.validate(config)
         except ConfigError as error:
             raise ConfigError(f"compare, method {self.method.name}: {error}") from error
         distributed.on_main(lambda: self._refuse_changed(config))
@@ -105,11 +106,13 @@ class Cell:
         by = self.base.config.compare.budget
         return f"{self.method.name}, {by} {self.amount:g}, seed {self.seed}"
 
-    def _configured(self, num_steps: int) -> Any:
+    def _configured(self, num_steps: int | None = None) -> Any:
+        """The cell's config; with the steps of the config's own run if None is said."""
         config = self.method.config(self.base.config)
         config.title = f"{config.title}: {self.method.name}"
         config.seed = self.seed
-        config.distill.num_steps = num_steps
+        if num_steps is not None:
+            config.distill.num_steps = num_steps
         if self._shares_own_teacher:
             config.teacher.source = "checkpoint"
             config.teacher.path = str(self.base.workdir / "teacher")
@@ -120,7 +123,7 @@ class Cell:
         """Whether the comparison trained it, in its own workdir."""
         return self.base.config.teacher.source == "train"
 
-    def _run(self, num_steps: int = 1) -> Run:
+    def _run(self, num_steps: int | None = None) -> Run:
         return dataclasses.replace(
             self.base,
             config=self._configured(num_steps),
@@ -133,7 +136,7 @@ class Cell:
         if self.base.config.compare.budget == "seconds":
             kept = distributed.on_main(self._read_config)
             return kept["distill"]["num_steps"] if kept else None
-        method = dataclasses.replace(self.base, config=self._configured(1))
+        method = dataclasses.replace(self.base, config=self._configured())
         return budget.steps_within(self.base, method, self.amount)
 
     def _timed_steps(self) -> int:
@@ -207,11 +210,11 @@ class Cell:
         write_text(self.folder / "config.json", config_lib.to_json(config))
 
     def _costs(self, steps: int) -> dict[str, Any]:
-        calls = budget.calls_per_step(self._run())
+        calls = budget.calls_of_training(self._run(), steps)
         logs = [path.parent for path in self.folder.rglob("metrics.jsonl")]
         totals = dataclasses.asdict(calls).items()
         return {
-            "calls": {name: round(steps * value) for name, value in totals},
+            "calls": {name: round(value) for name, value in totals},
             "steps": steps,
             "seconds": sum(training_seconds(folder) for folder in logs),
             "memory": {
