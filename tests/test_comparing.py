@@ -125,6 +125,7 @@ def test_every_cell_is_there_with_its_costs(digits):
             "teacher": 16 * steps * per_step[0],
             "student": 16 * steps * per_step[1],
             "images": 0,
+            "auxiliary": 0,
         }
         assert cell["failed"] is None and cell["needs_data"] is False
         assert cell["seconds"] > 0 and cell["memory"]["bytes"] > 100_000

@@ -173,7 +173,7 @@ def _plot(comparison: dict[str, Any]) -> bytes:
     for method in comparison["methods"]:
         if figure := method["figures"].get(name):
             spent = {
-                "calls": method["calls"]["teacher"] + method["calls"]["student"],
+                "calls": sum(n for k, n in method["calls"].items() if k != "images"),
                 "seconds": method["seconds"],
                 "steps": method["steps"],
             }[by]

@@ -25,19 +25,16 @@ _ROUNDING = 50
 
 def calls_per_step(run: Run) -> Calls:
     """What one step of a run's training costs: the evaluations of a whole batch."""
-    calls, batch = calls_of(run.objective, run.is_guided), run.config.distill.batch_size
-    each = {name: batch * value for name, value in dataclasses.asdict(calls).items()}
-    return Calls(**each)
+    return calls_of(run.objective, run.is_guided).times(run.config.distill.batch_size)
 
 
 def calls_of_training(run: Run, steps: int) -> Calls:
     """What all of a run's training costs, in so many steps."""
-    calls = calls_per_step(run)
-    return Calls(
-        teacher=steps * calls.teacher + calls_before(run.objective, run.is_guided),
-        student=steps * calls.student,
-        images=steps * calls.images,
+    calls, before = (
+        calls_per_step(run).times(steps),
+        calls_before(run.objective, run.is_guided),
     )
+    return dataclasses.replace(calls, teacher=calls.teacher + before)
 
 
 def steps_within(base: Run, run: Run, amount: float) -> int:

@@ -125,7 +125,10 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     several = len(comparison["budget"]["amounts"]) > 1
     head = ["method", *([f"budget ({by})"] if several else [])]
     head += [head for head, _ in columns.values()]
-    head += ["steps", "teacher calls", "student calls", "real images", "seconds"]
+    kinds = ["teacher", "student"]
+    if any(method["calls"].get("auxiliary") for method in methods):
+        kinds.append("auxiliary")
+    head += ["steps", *(f"{name} calls" for name in kinds), "real images", "seconds"]
     head += ["memory", "needs data"]
     rows = []
     for method in methods:
@@ -139,7 +142,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
                     for name, (_, form) in columns.items()
                 ),
                 f"{method['steps']:,}",
-                *(_count(calls[name]) for name in ("teacher", "student", "images")),
+                *(_count(calls[name]) for name in (*kinds, "images")),
                 f"{method['seconds']:.3g}",
                 _bytes(method["memory"]["bytes"]),
                 "yes" if method["needs_data"] else "no",

@@ -8,7 +8,8 @@ or None, and is then shown as an en dash::
      "versions", "device", "selftest",
      "teacher": {"ddim": {...}, "ode": {...}},  # these as in `report`
      "cells": [{"method", "amount", "seed", "scores": {figures, "intervals": {...}},
-                "calls": {"teacher", "student", "images"}, "steps", "seconds",
+                "calls": {"teacher", "student", "images", "auxiliary"},
+                "steps", "seconds",
                 "memory": {"bytes", "how"}, "needs_data", "settings": [...],
                 "failed": None | "reason"}],
      "methods": [{"method", "amount", "num_seeds", "failed": how many,
@@ -124,6 +125,8 @@ def _count(value: float | None, form: str = ",.0f") -> Cell:
 
 def _calls(calls: Mapping[str, Any] | None) -> Cell:
     found = [(calls or {}).get(name) for name in ("teacher", "student")]
+    if auxiliary := (calls or {}).get("auxiliary"):
+        found.append(auxiliary)
     counted = [count for count in found if count is not None]
     if not counted:
         return Cell(EN_DASH)
@@ -152,7 +155,7 @@ def _costs(row: Mapping[str, Any]) -> list[Cell]:
 
 
 _COSTS = (
-    "calls, teacher + student",
+    "calls, teacher + student (+ auxiliary)",
     "steps",
     "seconds",
     "memory, MB",

@@ -31,6 +31,11 @@ class Calls:
         """Evaluations of any network."""
         return self.teacher + self.student + self.auxiliary
 
+    def times(self, count: float) -> "Calls":
+        """Of so many noises."""
+        each = dataclasses.asdict(self)
+        return Calls(**{name: count * value for name, value in each.items()})
+
 
 def calls_of(objective: Objective, guided: bool = False) -> Calls:
     """The evaluations of one training step, per starting noise.
