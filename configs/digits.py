@@ -7,6 +7,7 @@ from boot_jax.config import default_config
 
 # What each method needs to be at its best here, beside the settings of all.
 METHODS = {
+    "corrected": ("objective.correction.strength=0.1",),
     "boot": (
         "objective.kind=boot",
         "objective.weighting=uniform",
