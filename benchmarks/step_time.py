@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from boot_jax import CosineSchedule, Objective, Teacher, create_student
+from boot_jax.auxiliary import create_auxiliary
 from boot_jax.conditions import Conditions
 from boot_jax.models import create_network
+from boot_jax.objectives import Correction
 from boot_jax.teachers.base import network_denoiser
 from boot_jax.teachers.checkpoint import initialiser
+from boot_jax.training.correction import corrected_loss
 from boot_jax.training.denoising import denoising_loss
 from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import create_optimizer, create_state
@@ -40,6 +43,15 @@ OBJECTIVES = {
         kind="continuous", boundary_weight=0.0, derivative="finite_difference"
     ),
 }
+_CORRECTIONS = {
+    "corrected": Correction(strength=1.0),
+    "corrected, a quarter": Correction(strength=1.0, auxiliary_share=0.25),
+    "corrected, rank 8": Correction(strength=1.0, lora_rank=8),
+}
+OBJECTIVES |= {
+    name: Objective(kind="continuous", boundary_weight=0.0, correction=correction)
+    for name, correction in _CORRECTIONS.items()
+}
 BASE = "teacher training"
 
 
@@ -52,7 +64,9 @@ def compiled(
         loss, optimizer, ema_decay=0.999, num_steps=1000, steps_per_dispatch=k
     )
     # A copy: the step gives its state's own buffers away.
-    state = create_state(jax.tree.map(jnp.copy, params), optimizer)
+    second = loss.auxiliary
+    own = None if second is None else second.create(jax.random.key(2))
+    state = create_state(jax.tree.map(jnp.copy, params), optimizer, own)
 
     def dispatch() -> float:
         nonlocal state
@@ -90,15 +104,22 @@ def dispatches(
     images = {"image": jnp.zeros((k, batch_size, *SHAPE))}
     found = {BASE: compiled(training, params, None, images, k)}
     for name, objective in OBJECTIVES.items():
+        shared: dict[str, Any] = {
+            "signal": student.signal,
+            "denoise": teacher.denoise,
+            "schedule": SCHEDULE,
+            "objective": objective,
+        }
         loss = distillation_loss(
-            signal=student.signal,
-            denoise=teacher.denoise,
-            schedule=SCHEDULE,
-            objective=objective,
             conditions=Conditions(),
             sample_shape=SHAPE,
             batch_size=batch_size,
+            **shared,
         )
+        if objective.correction.strength:
+            rank = objective.correction.lora_rank
+            second = create_auxiliary(teacher, lora_rank=rank)
+            loss = corrected_loss(loss, network=second, **shared)
         found[name] = compiled(loss, start, params, None, k)
     return found
 

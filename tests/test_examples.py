@@ -76,7 +76,7 @@ def test_the_public_names_are_there():
 def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     step_time = importlib.import_module("step_time")
-    assert len(step_time.OBJECTIVES) == 5
+    assert len(step_time.OBJECTIVES) == 8
     small = {"patch_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
     monkeypatch.setitem(step_time.NETWORKS, "dit", small)
     for name in list(step_time.OBJECTIVES)[:-1]:
@@ -85,7 +85,7 @@ def test_the_benchmark_prints_its_ratios(monkeypatch, capsys):
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("dit, batch 4, ")
     names = [row[:24].strip() for row in rows]
-    assert names == ["teacher training", "continuous, difference"]
+    assert names == ["teacher training", "corrected, rank 8"]
     ratios = [[float(figure) for figure in row[24:].split()] for row in rows]
     assert ratios[0][0] == 1
     assert all(figure > 0 for row in ratios for figure in row)
