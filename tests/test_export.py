@@ -21,6 +21,7 @@ from boot_jax.export.card import Origin, model_card, read_licence
 from boot_jax.export.diffusers import stock_model
 from boot_jax.export.finished import ExportError
 from boot_jax.run import Run
+from boot_jax.sharding import create_mesh
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -326,3 +327,12 @@ def test_the_card_has_the_figures_and_the_guidance_scale():
     assert "0.250" in card and "on 64 images, features pixels 8x8x1" in card
     assert "2 (it was trained on 1 to 4)" in card
     assert "class_labels=[0, 2]" in card and 'custom_pipeline="FOLDER"' in card
+
+
+def test_a_student_that_gives_noisy_images_is_not_exported(tmp_path):
+    config = default_config()
+    config.student.output = "noisy_image"
+    run = Run(config, tmp_path, create_mesh())
+    with pytest.raises(ExportError, match="output is 'noisy_image', but only students"):
+        pipeline.export(run)
+    assert not list(tmp_path.iterdir())
