@@ -241,6 +241,8 @@ def default_config() -> Any:
             "bootstrap": 100,  # resamples of the 95 % intervals; 0: no intervals
             "selftest": False,  # whether real images are also scored against others
             "ddim_steps": (1, 2, 4, 8, 10, 16, 32, 50),
+            "student_steps": (1, 2, 4),  # more than 1: with objective.start_times
+            "student_renoise": "along",  # as sample.renoise
             "ode_steps": 80,  # of Heun, two teacher calls each
             "error_times": 16,  # points on the curve of error over target time
             "error_images": 256,
@@ -264,7 +266,7 @@ def default_config() -> Any:
             "teacher_steps": (),  # also the teacher's, in so many steps each, beside
             "guidance_scale": 1.0,  # told to a student that was trained on a range
             "steps": 1,  # of the student; more need objective.start_times
-            "renoise": "fresh",  # between steps; or along: to where its ODE leads
+            "renoise": "along",  # its ODE to the next step; or add fresh noise
             "interpolate_to": -1,  # a second seed: slerp from the first; -1 is off
         }
     )
@@ -359,6 +361,11 @@ def unknown(field: str, value: Any, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{field} is {value!r}, but must be one of {', '.join(names)}{hint}"
+
+
+def field_names(config: ml_collections.ConfigDict) -> list[str]:
+    """All fields, as ``section.field``."""
+    return [path for path, _ in _flatten(config.to_dict())]
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -16,7 +16,7 @@ from jax import Array
 from boot_jax import distributed, sampling, summary
 from boot_jax.conditions import prompt_encoder
 from boot_jax.config import ConfigError
-from boot_jax.evaluation.paired import Pair
+from boot_jax.evaluation.paired import Pair, student_name
 from boot_jax.prompted import between_prompts
 from boot_jax.prompts import read_prompts
 from boot_jax.run import Run
@@ -67,7 +67,7 @@ def sample(run: Run) -> pathlib.Path:
         labelled = functools.partial(condition, label=options.label)
         return _images(run, generator, noise, labelled, options.num, options.batch_size)
 
-    images = images_of(pair.student())
+    images = images_of(pair.student(options.steps, options.renoise))
     beside = {
         f"teacher, {steps} steps": images_of(pair.sampler(steps))
         for steps in options.teacher_steps
@@ -77,7 +77,7 @@ def sample(run: Run) -> pathlib.Path:
     def write() -> None:
         summary.save_images(folder, images)
         if beside:
-            rows = {**beside, "student, 1 step": images}
+            rows = {**beside, student_name(options.steps): images}
             summary.save_grid(folder / "beside_teacher.png", rows)
         if prompts is not None:
             told = itertools.islice(itertools.cycle(prompts), options.num)
@@ -217,6 +217,8 @@ def _name(run: Run, prompts: list[str] | None) -> str:
     if prompts is not None and (options.prompt or options.prompts):
         told = "\n".join([*prompts, options.prompt_to])
         name += f"_prompts_{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    if options.steps > 1:
+        name += f"_steps_{options.steps}_{options.renoise}"
     if options.same_noise:
         name += "_same_noise"
     if options.interpolate_to >= 0:

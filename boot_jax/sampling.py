@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from boot_jax.config import ConfigError
 from boot_jax.guidance import SCALE_KEY, Denoiser
-from boot_jax.objectives import Jump, Objective, Signal
+from boot_jax.objectives import RENOISE, Jump, Objective, Signal
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
@@ -35,8 +35,6 @@ Generator = Callable[[Array, Any], Array]
 
 # Of the noises of a stored set; no step of a run has this number.
 _STORED_STREAM = 2**31 + 1
-#: What happens between the steps of a student: see `few_steps`.
-RENOISE = ("fresh", "along")
 
 
 def image_noise(seed: int, indices: Any, sample_shape: tuple[int, ...]) -> Array:
@@ -126,7 +124,7 @@ def few_steps(
     schedule: NoiseSchedule,
     objective: Objective,
     num_steps: int,
-    renoise: str = "fresh",
+    renoise: str = "along",
 ) -> Generator:
     """The student in a few steps: to a sample, back to some noise, and again.
 

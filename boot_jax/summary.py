@@ -187,7 +187,11 @@ def _figures(
     figures["quality against teacher steps"] = plots.quality_against_steps(
         [int(steps) for steps in ddim],
         [scores["frechet_distance"] for scores in ddim.values()],
-        {"student, 1 step": results["student"]["frechet_distance"]},
+        {1: results["student"]["frechet_distance"]}
+        | {
+            int(steps): scores["frechet_distance"]
+            for steps, scores in (results.get("student_steps") or {}).items()
+        },
         results["features"],
         f"{results['distance_name']} (lower is better)",
     )

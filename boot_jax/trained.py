@@ -72,6 +72,7 @@ def pair_of(run: Run, params: Any, prompts: Sequence[str] | None = None) -> Pair
         guidance_scale=run.config.sample.guidance_scale if run.guidance_range else None,
         tokens=tokens,
         encode=encode,
+        jump=run.student.jump,
     )
 
 

@@ -18,7 +18,7 @@ from boot_jax.config import (
     unknown,
 )
 from boot_jax.models.layers import REMAT_POLICIES
-from boot_jax.objectives import Objective
+from boot_jax.objectives import RENOISE, Objective
 from boot_jax.prediction import PREDICTION_TYPES, THRESHOLDING
 from boot_jax.prompts.embeddings import DTYPES
 from boot_jax.student import OUTPUTS, TIME_CONDITIONINGS, check_conversion
@@ -40,7 +40,8 @@ _CHOICES = {
     "teacher.param_dtype": ("float32", "bfloat16"),
     "student.time_conditioning": ("auto", *TIME_CONDITIONINGS),
     "student.output": OUTPUTS,
-    "sample.renoise": ("fresh", "along"),
+    "sample.renoise": RENOISE,
+    "evaluation.student_renoise": RENOISE,
     "distill.decay": LEARNING_RATE_DECAYS,
 }
 
@@ -183,12 +184,13 @@ def _check_run(config: Any) -> None:
 
 
 def _check_evaluation(evaluation: Any) -> None:
-    steps = evaluation.ddim_steps
-    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
-        raise ConfigError(
-            f"evaluation.ddim_steps is {tuple(steps)}, but must be positive numbers of "
-            "steps, at least one, each once"
-        )
+    for name in ("ddim_steps", "student_steps"):
+        steps = evaluation[name]
+        if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+            raise ConfigError(
+                f"evaluation.{name} is {tuple(steps)}, but must be positive numbers of "
+                "steps, at least one, each once"
+            )
     if min(evaluation.num_images, evaluation.num_real) <= evaluation.neighbours:
         raise ConfigError(
             "evaluation.num_images and evaluation.num_real must be more than "

@@ -5,7 +5,7 @@ python -m boot_jax.main --config=configs/digits_ablations.py --mode=compare
 One teacher, three seeds, the same number of network calls for all. Some of it, by more
 than one process in the same workdir:
 
-    --config.compare.kinds=boot,boot-no-boundary --config.compare.seeds=0,
+    --config.compare.kinds=boot,boot_no_boundary --config.compare.seeds=0,
 """
 
 import importlib.util
@@ -24,23 +24,23 @@ _LOWER_T_MAX = (*_BOOT, "objective.t_max=0.98")
 
 VARIANTS = {
     "continuous": ("objective.kind=continuous",),  # as configs/digits.py
-    "continuous-finite-difference": ("objective.derivative=finite_difference",),
-    "continuous-not-adaptive": ("objective.adaptive_power=0.0",),
-    "continuous-ema-target": ("objective.target_network=ema",),
-    "continuous-reused-time": ("student.time_conditioning=reused",),
+    "continuous_finite_difference": ("objective.derivative=finite_difference",),
+    "continuous_not_adaptive": ("objective.adaptive_power=0.0",),
+    "continuous_ema_target": ("objective.target_network=ema",),
+    "continuous_reused_time": ("student.time_conditioning=reused",),
     "boot": _BOOT,
-    "boot-progressive-time": (*_BOOT, "objective.time_order=progressive"),
-    "boot-no-boundary": (*_BOOT, "objective.boundary_weight=0.0"),
-    "boot-short-step": (*_BOOT, "objective.delta=0.01"),
-    "boot-long-step": (*_BOOT, "objective.delta=0.16"),
-    "boot-x0-weights": (*_BOOT, "objective.weighting=x0"),
-    "boot-dt-weights": (*_BOOT, "objective.weighting=dt"),
-    "boot-ddim": (*_BOOT, "objective.solver=ddim"),
-    "boot-adaptive": (*_BOOT, "objective.adaptive_power=1.0"),
-    "boot-ema-target": (*_BOOT, "objective.target_network=ema"),
-    "boot-reused-time": (*_BOOT, "student.time_conditioning=reused"),
-    "boot-signal": _LOWER_T_MAX,
-    "boot-noisy-image": (
+    "boot_progressive_time": (*_BOOT, "objective.time_order=progressive"),
+    "boot_no_boundary": (*_BOOT, "objective.boundary_weight=0.0"),
+    "boot_short_step": (*_BOOT, "objective.delta=0.01"),
+    "boot_long_step": (*_BOOT, "objective.delta=0.16"),
+    "boot_x0_weights": (*_BOOT, "objective.weighting=x0"),
+    "boot_dt_weights": (*_BOOT, "objective.weighting=dt"),
+    "boot_ddim": (*_BOOT, "objective.solver=ddim"),
+    "boot_adaptive": (*_BOOT, "objective.adaptive_power=1.0"),
+    "boot_ema_target": (*_BOOT, "objective.target_network=ema"),
+    "boot_reused_time": (*_BOOT, "student.time_conditioning=reused"),
+    "boot_signal": _LOWER_T_MAX,
+    "boot_noisy_image": (
         *_LOWER_T_MAX,
         "student.output=noisy_image",
         "objective.weighting=noisy_image",

@@ -453,7 +453,7 @@ def test_every_ablation_is_a_run_that_makes_sense():
     assert base.objective == config.objective and base.student == config.student
     # Each turns one choice of the one that it is named after.
     for name, changed in configs.items():
-        if name not in ("continuous", "boot", "boot-signal", "boot-noisy-image"):
-            other = configs[name.split("-")[0]]
+        if name not in ("continuous", "boot", "boot_signal", "boot_noisy_image"):
+            other = configs[name.split("_")[0]]
             turned = differences(other.to_dict(), changed.to_dict())
             assert len(turned) == 1, (name, turned)

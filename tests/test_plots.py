@@ -100,7 +100,7 @@ def assert_drawn(data: bytes) -> None:
 
 
 def test_quality_plot_marks_students_and_what_they_are_worth(figures):
-    students = {"student": 4.0, "best": 0.25, "worst": 20.0}
+    students = {1: 4.0, 2: 0.25, 4: 20.0}
     data = plots.quality_against_steps([4, 1, 16], [2.0, 8.0, 0.5], students, "pixels")
     assert_drawn(data)
     (axes,) = figures[0].axes
@@ -110,15 +110,15 @@ def test_quality_plot_marks_students_and_what_they_are_worth(figures):
     for line in axes.lines:
         lines[line.get_marker()].append(np.asarray(line.get_xydata()))
     np.testing.assert_array_equal(lines["o"][0], [[1, 8], [4, 2], [16, 0.5]])
-    np.testing.assert_array_equal(np.concatenate(lines["*"])[:, 0], [1, 1, 1])
+    np.testing.assert_array_equal(np.concatenate(lines["*"])[:, 0], [1, 2, 4])
     np.testing.assert_array_equal(np.concatenate(lines["*"])[:, 1], [4, 0.25, 20])
     (diamond,) = lines["D"]  # only where it is not censored
     np.testing.assert_allclose(diamond, [[2.0, 4.0]])
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend[1:] == [
-        "student: 4 (2 DDIM steps)",
-        "best: 0.25 (> 16 DDIM steps)",
-        "worst: 20 (< 1 DDIM steps)",
+        "student, 1 step: 4 (2 DDIM steps)",
+        "student, 2 steps: 0.25 (> 16 DDIM steps)",
+        "student, 4 steps: 20 (< 1 DDIM steps)",
     ]
 
 

@@ -4,12 +4,14 @@ Of data ``N(m, s^2)`` the ODE is known from any point: ``(x_t - alpha_t m) / v_t
 the same, with ``v^2 = alpha^2 s^2 + sigma^2``.
 """
 
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import MIXTURE, command, write_config
 from scipy.stats import kstest
 
 from boot_jax.objectives import (
@@ -243,3 +245,43 @@ def test_an_unknown_way_between_steps_is_refused():
 def test_starts_without_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Objective(**options)
+
+
+def test_a_run_that_starts_anywhere_is_scored_and_sampled_in_a_few_steps(
+    tmp_path, capsys
+):
+    flags = (
+        write_config(tmp_path, MIXTURE),
+        f"--workdir={tmp_path / 'run'}",
+        "--config.objective.start_times=(0.3, 1.0)",
+        "--config.evaluation.student_steps=(2, 1)",
+    )
+    assert command(*flags) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["student_steps"]) == {"2"}
+    two, one = results["student_steps"]["2"], results["student"]
+    assert two["frechet_distance"] != one["frechet_distance"]
+    assert set(two) == set(one)
+    assert "student, 2 steps" in (tmp_path / "run" / "report.html").read_text()
+    assert "student, 2 steps" in capsys.readouterr().out
+    more = ("--mode=sample", "--num=3", "--config.sample.steps=2")
+    assert command(*flags, *more) == 0
+    folder = tmp_path / "run" / "samples" / "seed_0_steps_2_along"
+    assert np.load(folder / "samples.npy").shape == (3, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.sample.steps=2", "sample.steps is 2, but the student only learned"),
+        (
+            "--config.evaluation.student_steps=(0,)",
+            "evaluation.student_steps is (0,), but must be positive numbers",
+        ),
+        ("--config.sample.renoise=none", "sample.renoise is 'none', but must be one"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(tmp_path, capsys, flag, message):
+    config = write_config(tmp_path, MIXTURE)
+    assert command(config, f"--workdir={tmp_path / 'run'}", flag) == 2
+    assert message in capsys.readouterr().err

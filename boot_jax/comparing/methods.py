@@ -4,10 +4,11 @@ import ast
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 from typing import Any
 
-from boot_jax.config import ConfigError, unknown
+from boot_jax.config import ConfigError, field_names, unknown
 from boot_jax.objectives.base import KINDS
 
 #: Sections that all methods share: they decide the teacher and how it is scored.
@@ -21,7 +22,7 @@ NUM_STEPS = "distill.num_steps"
 BUDGETS = ("calls", "seconds", "steps")
 
 # A name is also a folder's, and stands among others on the command line.
-_NAME = re.compile(r"[A-Za-z][\w-]*")
+_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ def methods_of(config: Any) -> list[Method]:
     for name in variants:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"compare.variants has {name!r}, but names are letters, digits, - and "
-                "_, a letter first"
+                f"compare.variants has {name!r}, but names are letters, digits and _, "
+                "a letter first"
             )
     # A command line gives ``boot,direct`` as one string.
     given = ",".join(config.compare.kinds).replace(" ", "").split(",")
@@ -125,22 +126,18 @@ def _set(config: Any, setting: str) -> None:
         near = difflib.get_close_matches(path, fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"there is no field {path!r}{hint}")
-    section, field = path.rsplit(".", 1)
+    *sections, field = path.split(".")
+    section = functools.reduce(lambda tree, name: tree[name], sections, config)
     try:
-        config[section][field] = _parsed(text)
+        section[field] = _parsed(text)
     except TypeError as error:
-        has = type(config[section][field]).__name__
+        has = type(section[field]).__name__
         raise ConfigError(f"{path} is {text!r}, but must be of type {has}") from error
 
 
 def _fields(config: Any) -> list[str]:
-    """The fields that a method may set; all lie right in a section."""
-    return [
-        f"{section}.{field}"
-        for section, fields in config.items()
-        if section not in SHARED
-        for field in fields
-    ]
+    """The fields that a method may set."""
+    return [path for path in field_names(config) if path.split(".")[0] not in SHARED]
 
 
 def _parsed(text: str) -> Any:

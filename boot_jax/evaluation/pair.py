@@ -9,10 +9,11 @@ from jax import Array
 
 from boot_jax.conditions import TOKENS
 from boot_jax.guidance import SCALE_KEY, Denoiser
-from boot_jax.objectives import Objective, Signal
+from boot_jax.objectives import Jump, Objective, Signal
 from boot_jax.sampling import (
     Generator,
     conditions_for,
+    few_steps,
     image_noise,
     many_steps,
     one_step,
@@ -32,6 +33,7 @@ class Pair:
       guidance_scale: told to a student that was trained on a range; else None.
       tokens: of prompts, ``[N, *row_shape]``, for images in turn; None without prompts.
       encode: condition with tokens to the one that both are called with, on the device.
+      jump: the student from any start; None for one that starts from noise alone.
     """
 
     signal: Signal
@@ -42,10 +44,26 @@ class Pair:
     guidance_scale: float | None = None
     tokens: np.ndarray | None = None
     encode: Callable[[Any], Any] = lambda condition: condition
+    jump: Jump | None = None
 
-    def student(self) -> Generator:
-        """The one-step generator."""
-        return self._encoded(one_step(self.signal, self.params, self.objective))
+    def student(self, num_steps: int = 1, renoise: str = "along") -> Generator:
+        """The one-step generator, or the student in a few steps.
+
+        See `boot_jax.sampling.few_steps`, for which there must be a ``jump``.
+        """
+        if num_steps == 1:
+            return self._encoded(one_step(self.signal, self.params, self.objective))
+        assert self.jump is not None  # validated
+        return self._encoded(
+            few_steps(
+                self.jump,
+                self.params,
+                self.teacher.schedule,
+                self.objective,
+                num_steps,
+                renoise,
+            )
+        )
 
     def _encoded(self, generator: Generator) -> Generator:
         return lambda eps, condition: generator(eps, self.encode(condition))

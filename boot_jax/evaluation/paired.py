@@ -28,8 +28,14 @@ from boot_jax.evaluation.tallies import Batch, Noises, Tally, batches
 from boot_jax.evaluation.teacher_side import TeacherSide
 from boot_jax.sampling import Generator
 
-#: The row of the student in a grid.
-STUDENT = "student, 1 step"
+
+def student_name(steps: int) -> str:
+    """Of a row of the student."""
+    return f"student, {steps} step{'' if steps == 1 else 's'}"
+
+
+#: The row of the one-step student in a grid.
+STUDENT = student_name(1)
 
 # Numbers of DDIM steps that a grid shows.
 _SHOWN_STEPS = (1, 8, 50)
@@ -88,11 +94,12 @@ def compare(
     Returns:
       The results (see `boot_jax.evaluation.report`), and images for the grid by row.
     """
-    teacher, student = _TeacherTallies(pair, scoring), _student_tally(pair, scoring)
+    teacher, students = _TeacherTallies(pair, scoring), _student_tallies(pair, scoring)
     for noises in scoring.noises(pair):
         target = teacher.add(noises)
-        student.add(student.sample(noises), target)
-    return _results(pair, scoring, teacher.side(), student)
+        for student in students.values():
+            student.add(student.sample(noises), target)
+    return _results(pair, scoring, teacher.side(), students)
 
 
 def measure_teacher(
@@ -125,15 +132,24 @@ def score_student(
       side: of `measure_teacher`.
       targets: gives what ``keep`` was given.
     """
-    student = _student_tally(pair, scoring)
+    students = _student_tallies(pair, scoring)
     for noises in scoring.noises(pair):
-        target = student.batch(targets(noises.indices), noises.indices)
-        student.add(student.sample(noises), target)
-    return _results(pair, scoring, side, student)
+        target = students[1].batch(targets(noises.indices), noises.indices)
+        for student in students.values():
+            student.add(student.sample(noises), target)
+    return _results(pair, scoring, side, students)
 
 
-def _student_tally(pair: Pair, scoring: Scoring) -> Tally:
-    return scoring.tally(STUDENT, pair.student(), pair)
+def _student_tallies(pair: Pair, scoring: Scoring) -> dict[int, Tally]:
+    """By number of steps; one step always."""
+    options = scoring.options
+    asked = options["student_steps"] if pair.objective.start_times else ()
+    return {
+        steps: scoring.tally(
+            student_name(steps), pair.student(steps, options["student_renoise"]), pair
+        )
+        for steps in sorted({1, *asked})
+    }
 
 
 class _TeacherTallies:
@@ -201,19 +217,22 @@ def _scored(tally: Tally, scoring: Scoring, own: Measured, spread: float) -> Sco
 
 
 def _results(
-    pair: Pair, scoring: Scoring, side: TeacherSide, student: Tally
+    pair: Pair, scoring: Scoring, side: TeacherSide, students: Mapping[int, Tally]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     scoring.progress("figures of the student")
+    student = students[1]
     options, features = scoring.options, scoring.features
     reference, measured = scoring.reference or side.own, student.samples.measured()
-    scores = _scored(student, scoring, side.own, side.spread)
-    if reference.variance:
-        ratio = (measured.variance or 0.0) / reference.variance
-        scores.figures["variance_ratio"] = ratio
+    by_steps = {
+        str(steps): _of_student(tally, scoring, side)
+        for steps, tally in students.items()
+    }
     results: dict[str, Any] = {
-        "student": scores.as_dict(),
+        "student": by_steps.pop("1"),
         "teacher": {"ddim": side.ddim, "ode": side.ode},
     }
+    if by_steps:
+        results["student_steps"] = by_steps
     if pair.objective.has_target_time:
         scoring.progress("error over target time")
         results["error_over_time"] = error_over_time(
@@ -224,7 +243,17 @@ def _results(
     results["distance_name"] = features.distance_name
     results["reference"] = reference.provenance
     results["warnings"] = warnings_of(reference, measured, options)
-    return results, side.rows | {STUDENT: student.shown()}
+    shown = {student_name(steps): tally.shown() for steps, tally in students.items()}
+    return results, side.rows | shown
+
+
+def _of_student(tally: Tally, scoring: Scoring, side: TeacherSide) -> dict[str, Any]:
+    reference, measured = scoring.reference or side.own, tally.samples.measured()
+    scores = _scored(tally, scoring, side.own, side.spread)
+    if reference.variance:
+        ratio = (measured.variance or 0.0) / reference.variance
+        scores.figures["variance_ratio"] = ratio
+    return scores.as_dict()
 
 
 def _equivalent(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,19 +128,19 @@ def _plain_log_axis(axes: Axes) -> None:
 def quality_against_steps(
     steps: Sequence[int],
     teacher_distances: Sequence[float],
-    students: Mapping[str, float],
+    students: Mapping[int, float],
     feature_name: str,
     ylabel: str = "Fréchet distance (lower is better)",
 ) -> bytes:
-    """The teacher's distance at each number of steps, and each one-step student's.
+    """The teacher's distance at each number of steps, and the student's at each of its.
 
-    A student is a star at one step. The dashed line from it meets the teacher's curve
-    at the number of steps that it is worth (see `metrics.equivalent_steps`).
+    The student is a star. The dashed line through it meets the teacher's curve at the
+    number of steps that it is worth (see `metrics.equivalent_steps`).
 
     Args:
       steps: the teacher's numbers of steps.
       teacher_distances: its distance at each of them.
-      students: label -> distance.
+      students: the student's number of steps -> distance.
       feature_name: the features that the distances were taken in.
       ylabel: what the distance is.
     """
@@ -155,13 +155,14 @@ def quality_against_steps(
         marker="o",
         label="teacher, DDIM",
     )
-    for i, (label, distance) in enumerate(students.items()):
+    for i, (own, distance) in enumerate(students.items()):
         colour = COLOURS[i % len(COLOURS)]
         equal = equivalent_steps(steps, teacher_distances, distance)
-        label = f"{label}: {distance:.3g} ({equal} DDIM steps)"
+        name = f"student, {own} step{'' if own == 1 else 's'}"
+        label = f"{name}: {distance:.3g} ({equal} DDIM steps)"
         axes.plot([1, max(steps)], [distance] * 2, "--", color=colour, linewidth=1.2)
         star = {"marker": "*", "markersize": 16, "linestyle": "none", "zorder": 4}
-        axes.plot([1], [distance], color=colour, mec="white", label=label, **star)
+        axes.plot([own], [distance], color=colour, mec="white", label=label, **star)
         if equal.censored == "none":
             axes.plot(
                 [equal.value], [distance], "D", color=colour, mec="white", zorder=4

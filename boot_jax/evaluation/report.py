@@ -78,6 +78,8 @@ def _rows(results: Mapping[str, Any]) -> list[list[Cell]]:
     found: list[tuple[str, object, Mapping[str, Any]]] = [
         ("student, 1 step", 1, results.get("student") or {})
     ]
+    for steps, figures in (results.get("student_steps") or {}).items():
+        found.append((f"student, {steps} steps", int(steps), figures))
     for steps, figures in _ddim(results).items():
         plural = "step" if steps == 1 else "steps"
         found.append((f"teacher, {steps} DDIM {plural}", steps, figures))

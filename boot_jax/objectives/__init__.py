@@ -88,6 +88,7 @@ from boot_jax.objectives.options import Correction
 from boot_jax.objectives.pid import pid_loss
 from boot_jax.objectives.progressive import progressive_loss
 from boot_jax.objectives.starts import (
+    RENOISE,
     Jump,
     StartedSchedule,
     choose_starts,
@@ -112,6 +113,7 @@ __all__ = [
     "IMAGE_KINDS",
     "KINDS",
     "LOSSES",
+    "RENOISE",
     "TARGET_TIME_KINDS",
     "Correction",
     "Distance",

@@ -44,6 +44,9 @@ from boot_jax.solvers import add_noise, step_fraction
 #: ``jump(params, x_u, u, t, condition) -> y_t``, the signal as seen from ``x_u``.
 Jump = Callable[[Any, Array, Array, Array, Any], Array]
 
+#: What happens between the steps of a student: see `boot_jax.sampling.few_steps`.
+RENOISE = ("fresh", "along")
+
 #: The losses that it extends.
 LOSSES = {"boot": boot_loss, "continuous": continuous_loss, "pid": pid_loss}
 
