@@ -79,7 +79,8 @@ class Scorer:
 
     def _provenance(self, run: Run) -> dict[str, Any]:
         config = json.loads(config_lib.to_json(run.config))
-        config["evaluation"].pop("selftest")
+        for name in ("selftest", "student_steps", "student_renoise"):
+            config["evaluation"].pop(name)  # the teacher's half is without
         teacher = config["teacher"]
         kept = ("param_dtype", "thresholding", *(k for k in teacher if "guidance" in k))
         return self._about | {
