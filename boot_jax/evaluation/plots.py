@@ -114,8 +114,9 @@ def _plain_log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     labelled: tuple[int, ...] = (1,)
-    if high / low < 300.0:
-        labelled = (1, 2, 5) if high / low > 3.0 else tuple(range(1, 10))
+    for most, digits in ((300, (1, 2, 5)), (12, (1, 2, 3, 5, 7)), (4, range(1, 10))):
+        if high / low < most:
+            labelled = tuple(digits)
 
     def plain(value: float, _: object) -> str:
         digit = round(value / 10.0 ** np.floor(np.log10(value) + 1e-9))
