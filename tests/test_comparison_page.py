@@ -40,7 +40,7 @@ def test_every_figure_has_its_interval(tmp_path):
     interval = re.compile(r"^[\d.]+ \(-?[\d.]+ to -?[\d.]+\)$")
     header = parsed.rows[0]
     assert header[:7] == [
-        *("method", "budget, network calls", "seeds", "Fréchet distance ↓"),
+        *("method", "budget, times its calls", "seeds", "Fréchet distance ↓"),
         *("normalised error ↓", "precision ↑", "recall ↑"),
     ]
     methods = parsed.rows[1:7]
@@ -70,7 +70,10 @@ def test_every_figure_has_its_interval(tmp_path):
 def test_single_runs_are_there_with_what_failed(tmp_path):
     _, parsed = written(tmp_path, comparison())
     reason = "the loss is nan at step 70"
-    assert f"failed: direct with 30,000 network calls, seed 1: {reason}" in parsed.text
+    assert (
+        f"failed: direct with 30,000 times the config's network calls, seed 1: {reason}"
+        in parsed.text
+    )
     single = [row for row in parsed.rows if row[-2:-1] == ["objective.kind=direct"]]
     assert [row[-1] for row in single] == ["–", "–", "–", reason]
     assert single[-1][3:7] == ["–"] * 4
@@ -87,7 +90,8 @@ def test_single_runs_are_there_with_what_failed(tmp_path):
 def test_the_headline_says_how_sure_the_order_is():
     found = comparison()
     assert headline(found) == (
-        "With 30,000 network calls each, consistency has the lowest Fréchet distance, "
+        "With 30,000 times the config's network calls each, consistency has the "
+        "lowest Fréchet distance, "
         "0.250 (0.220 to 0.280, 2 seeds); next is boot, 0.300 (0.270 to 0.330, 2 "
         "seeds): their intervals overlap, so the order may be chance. consistency "
         "needs data; of those that need none, boot has the lowest, 0.300 (0.270 to "
@@ -100,7 +104,9 @@ def test_the_headline_says_how_sure_the_order_is():
     assert "without intervals of both, the order may be chance." in headline(found)
     # Less at a smaller budget is no claim.
     method(found, "direct", 3000)["figures"]["frechet_distance"]["mean"] = 0.01
-    assert headline(found).startswith("With 30,000 network calls each, consistency")
+    assert headline(found).startswith(
+        "With 30,000 times the config's network calls each, consistency"
+    )
     boot["mean"] = 0.2
     assert "boot has the lowest Fréchet distance, 0.200 (2 seeds)" in headline(found)
     assert "needs data" not in headline(found)
@@ -114,7 +120,8 @@ def test_a_method_that_came_to_nothing_is_never_the_best(tmp_path, mean):
     assert "boot has the lowest Fréchet distance" in headline(found)
     method(found, "direct", 30000)["figures"] = {}
     assert headline(found).startswith(
-        "With 30,000 network calls each, only boot has a Fréchet distance: 0.300"
+        "With 30,000 times the config's network calls each, only boot has a Fréchet "
+        "distance: 0.300"
     )
     method(found, "boot", 30000)["figures"] = {}
     assert "no method has a distance" in headline(found)

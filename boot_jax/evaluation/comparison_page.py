@@ -29,14 +29,23 @@ from boot_jax.evaluation.figures import Column, cell_of, columns_of, figure_cell
 from boot_jax.evaluation.nearest import ShownSample
 from boot_jax.evaluation.pages import EN_DASH, Cell
 
-_UNITS = {"calls": "network calls", "seconds": "seconds", "steps": "steps"}
+# What an amount is, in a sentence and in a column's name.
+_UNITS = {
+    "calls": ("times the config's network calls", "times its calls"),
+    "seconds": ("seconds of training", "seconds"),
+    "steps": ("times the config's steps", "times its steps"),
+}
 
 _DISTANCE = "frechet_distance"
 
 
-def _unit(comparison: Mapping[str, Any]) -> str:
+def _units(comparison: Mapping[str, Any]) -> tuple[str, str]:
     by = (comparison.get("budget") or {}).get("by")
-    return _UNITS.get(str(by), "units of the budget")
+    return _UNITS.get(str(by), ("units of the budget", "units"))
+
+
+def _unit(comparison: Mapping[str, Any]) -> str:
+    return _units(comparison)[0]
 
 
 def _distance(method: Mapping[str, Any]) -> float:
@@ -78,7 +87,7 @@ def headline(comparison: Mapping[str, Any]) -> str:
     largest = max(amounts)
     there = [method for method in methods if method["amount"] == largest]
     ranked = sorted((m for m in there if _distance(m) < math.inf), key=_distance)
-    budget = f"With {largest:,} {_unit(comparison)} each"
+    budget = f"With {largest:,g} {_unit(comparison)} each"
     if not ranked:
         return f"{budget}, no method has a distance."
     best, *others = ranked
@@ -112,7 +121,7 @@ def _of_the_teacher(comparison: Mapping[str, Any]) -> list[str]:
 def _failures(comparison: Mapping[str, Any]) -> list[str]:
     """A line for each cell that came to nothing."""
     return [
-        f"failed: {cell['method']} with {cell['amount']:,} {_unit(comparison)}, "
+        f"failed: {cell['method']} with {cell['amount']:,g} {_unit(comparison)}, "
         f"seed {cell.get('seed', EN_DASH)}: {cell['failed']}"
         for cell in comparison.get("cells") or ()
         if cell.get("failed")
@@ -187,7 +196,7 @@ def _method_rows(comparison: Mapping[str, Any]) -> list[list[Cell]]:
         rows.append(
             [
                 _words(str(method["method"])),
-                _count(method["amount"], ","),
+                _count(method["amount"], ",g"),
                 seeds._replace(interval=f"{failed} failed") if failed else seeds,
                 *cells,
                 *_costs(method),
@@ -226,7 +235,7 @@ def _cell_rows(comparison: Mapping[str, Any]) -> list[list[Cell]]:
         rows.append(
             [
                 _words(str(cell["method"])),
-                _count(cell["amount"], ","),
+                _count(cell["amount"], ",g"),
                 _count(cell.get("seed")),
                 *(figure_cell(scores, name, c.form) for name, c in columns.items()),
                 *_costs(cell),
@@ -245,7 +254,7 @@ def _facts(comparison: Mapping[str, Any]) -> dict[str, object]:
     }
     amounts = (comparison.get("budget") or {}).get("amounts") or ()
     facts: dict[str, object] = {
-        "budgets": ", ".join(f"{n:,} {_unit(comparison)}" for n in amounts) or None,
+        "budgets": ", ".join(f"{n:,g} {_unit(comparison)}" for n in amounts) or None,
         "features": comparison.get("features"),
         "images scored": comparison.get("num_images"),
         "reference data": comparison.get("data"),
@@ -293,7 +302,7 @@ def write_comparison(
     """
     figures = [column.title for column in _columns(comparison).values()]
     about = f"Distances in {comparison.get('features') or 'unnamed'} features"
-    budget = _unit(comparison)
+    budget = _units(comparison)[1]
     header = ["method", f"budget, {budget}", "seeds", *figures, *_COSTS]
     told = (
         f"{about}; below each figure its 95 % interval. All samples are of one step. "
