@@ -80,7 +80,7 @@ def test_single_runs_are_there_with_what_failed(tmp_path):
     for row in (
         ["memory", "of the compiled step"],
         ["reference, count", "30"],
-        ["budgets", "3,000 network calls, 30,000 network calls"],
+        ["budgets", "3,000, 30,000 times the config's network calls"],
     ):
         assert row in parsed.rows
     assert "a perfect sampler would get: Fréchet distance 0.04" in parsed.text

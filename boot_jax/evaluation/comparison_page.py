@@ -254,7 +254,9 @@ def _facts(comparison: Mapping[str, Any]) -> dict[str, object]:
     }
     amounts = (comparison.get("budget") or {}).get("amounts") or ()
     facts: dict[str, object] = {
-        "budgets": ", ".join(f"{n:,g} {_unit(comparison)}" for n in amounts) or None,
+        "budgets": f"{', '.join(f'{n:,g}' for n in amounts)} {_unit(comparison)}"
+        if amounts
+        else None,
         "features": comparison.get("features"),
         "images scored": comparison.get("num_images"),
         "reference data": comparison.get("data"),
