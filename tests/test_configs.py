@@ -170,6 +170,7 @@ def test_a_big_config_takes_a_step_of_either_training(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_toy_beats_eight_steps_of_its_teacher(tmp_path):
     config = load("toy_mixture")
     config.distill.num_steps = 1000  # a third

@@ -135,6 +135,7 @@ def test_the_two_sample_test_tells_what_it_should():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_corrected_student_has_its_teachers_distribution(seed):
     """After as many steps, by a test that the student without correction fails."""

@@ -54,6 +54,7 @@ def error(made, target, exact) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_student_is_what_its_theory_says(tmp_path, kind):
     """``pid`` follows the ODE itself, the others their teacher's four steps."""

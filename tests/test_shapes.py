@@ -248,6 +248,7 @@ def test_batches_bring_the_tokens_of_their_captions():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
     """A fifth of the config's steps: colours are right by then, shapes begin to be."""
     config = module_of("configs").get_config()
