@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from boot_jax.config import ConfigError
 from boot_jax.guidance import SCALE_KEY, Denoiser
-from boot_jax.objectives import RENOISE, Jump, Objective, Signal
+from boot_jax.objectives import RENOISE, Jump, Objective, Signal, StartedSchedule
 from boot_jax.prediction import expand
 from boot_jax.schedules import NoiseSchedule
 from boot_jax.sharding import batch_sharding, batch_shards, place, to_host
@@ -25,7 +25,6 @@ from boot_jax.solvers import (
     add_noise,
     ddim_step,
     heun_step,
-    step_fraction,
     time_grid,
 )
 from boot_jax.teachers.base import Decoder
@@ -174,11 +173,10 @@ def _student_steps(
                 y = jump(params, x_u, u, filled(objective.t_min), condition)
                 x_u = add_noise(schedule, y, _fresh_noise(eps, index), r)
             else:
-                y, kappa = jump(params, x_u, u, r, condition), filled(1.0)
-                if index:  # the first step's noise is eps itself
-                    kappa = step_fraction(schedule, u, r)
+                y = jump(params, x_u, u, r, condition)
+                seen = StartedSchedule(schedule, u, objective.t_max)
                 noise = x_u / expand(schedule.sigma(u), x_u) if index else eps
-                x_u = add_noise(schedule, expand(kappa, y) * y, noise, r)
+                x_u = add_noise(seen, y, noise, r)
             u = r
         return jump(params, x_u, u, filled(objective.t_min), condition)
 

@@ -11,14 +11,18 @@ than one process in the same workdir:
 import importlib.util
 import pathlib
 
-_BOOT = (
-    "objective.kind=boot",
-    "objective.solver=heun",
-    "objective.weighting=uniform",
-    "objective.boundary_weight=1.0",
-    "objective.boundary_share=0.25",
-    "objective.adaptive_power=0.0",
-)
+
+def sibling(name):
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DIGITS = sibling("digits")
+_BOOT = DIGITS.METHODS["boot"]
 # A noisy image has no signal in it where alpha is 0, so t_max is lower, for both.
 _LOWER_T_MAX = (*_BOOT, "objective.t_max=0.98")
 
@@ -49,17 +53,8 @@ VARIANTS = {
 
 
 def get_config():
-    config = sibling("digits")
+    config = DIGITS.get_config()
     config.title = "Digits: the choices that the paper leaves open"
     config.compare.kinds = ()
     config.compare.variants = VARIANTS
     return config
-
-
-def sibling(name):
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()

@@ -185,7 +185,9 @@ class _TeacherTallies:
         )
         spread = self._ode.variance.value()
         ddim = {
-            str(steps): _scored(tally, scoring, own, spread).as_dict()
+            str(steps): _scored(
+                tally, tally.samples.measured(), scoring, own, spread
+            ).as_dict()
             for steps, tally in self._ddim.items()
         }
         steps = options["ode_steps"]
@@ -209,8 +211,10 @@ class _TeacherTallies:
         )
 
 
-def _scored(tally: Tally, scoring: Scoring, own: Measured, spread: float) -> Scores:
-    measured, reference = tally.samples.measured(), scoring.reference or own
+def _scored(
+    tally: Tally, measured: Measured, scoring: Scoring, own: Measured, spread: float
+) -> Scores:
+    reference = scoring.reference or own
     scores = score(reference, measured, scoring.options, teacher=own)
     tally.add_to(scores, spread)
     return scores
@@ -220,11 +224,11 @@ def _results(
     pair: Pair, scoring: Scoring, side: TeacherSide, students: Mapping[int, Tally]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     scoring.progress("figures of the student")
-    student = students[1]
     options, features = scoring.options, scoring.features
-    reference, measured = scoring.reference or side.own, student.samples.measured()
+    reference = scoring.reference or side.own
+    measured = {steps: tally.samples.measured() for steps, tally in students.items()}
     by_steps = {
-        str(steps): _of_student(tally, scoring, side)
+        str(steps): _of_student(tally, measured[steps], scoring, side)
         for steps, tally in students.items()
     }
     results: dict[str, Any] = {
@@ -242,14 +246,16 @@ def _results(
     results["features"], results["num_images"] = features.name, options["num_images"]
     results["distance_name"] = features.distance_name
     results["reference"] = reference.provenance
-    results["warnings"] = warnings_of(reference, measured, options)
+    results["warnings"] = warnings_of(reference, measured[1], options)
     shown = {student_name(steps): tally.shown() for steps, tally in students.items()}
     return results, side.rows | shown
 
 
-def _of_student(tally: Tally, scoring: Scoring, side: TeacherSide) -> dict[str, Any]:
-    reference, measured = scoring.reference or side.own, tally.samples.measured()
-    scores = _scored(tally, scoring, side.own, side.spread)
+def _of_student(
+    tally: Tally, measured: Measured, scoring: Scoring, side: TeacherSide
+) -> dict[str, Any]:
+    reference = scoring.reference or side.own
+    scores = _scored(tally, measured, scoring, side.own, side.spread)
     if reference.variance:
         ratio = (measured.variance or 0.0) / reference.variance
         scores.figures["variance_ratio"] = ratio
