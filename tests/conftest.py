@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+import coverage
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -41,6 +42,12 @@ def pytest_configure():
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_sessionfinish():
+    """A worker has ten seconds to end before it is killed, and threads to wait for."""
+    if measured := coverage.Coverage.current():
+        measured.save()
 
 
 def pytest_unconfigure():
