@@ -7,7 +7,10 @@ from boot_jax.config import default_config
 
 # What each method needs to be at its best here, beside the settings of all.
 METHODS = {
-    "corrected": ("objective.correction.strength=0.1",),
+    "corrected": (
+        "objective.correction.strength=0.1",
+        "objective.correction.auxiliary_share=0.25",
+    ),
     "boot": (
         "objective.kind=boot",
         "objective.weighting=uniform",

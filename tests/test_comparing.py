@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from command import DIGITS, MIXTURE, command, write_config
@@ -435,9 +436,9 @@ def test_steps_are_rounded_so_that_they_divide_into_dispatches(steps):
         assert rounded % 20 == 0
 
 
-def test_every_ablation_is_a_run_that_makes_sense():
-    """As the comparison checks it before it trains anything."""
-    path = pathlib.Path(__file__).parents[1] / "configs" / "digits_ablations.py"
+def checked_variants(name: str) -> tuple[Any, dict[str, Any]]:
+    """A config, and those of its variants, as the comparison checks them first."""
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     config = runpy.run_path(str(path))["get_config"]()
     methods.check_section(config)
     found = methods.methods_of(config)
@@ -448,12 +449,29 @@ def test_every_ablation_is_a_run_that_makes_sense():
         (repr(changed.objective.to_dict()), repr(changed.student.to_dict()))
         for changed in configs.values()
     }
-    assert len(chosen) == len(found) >= 18
+    assert len(chosen) == len(found)
     base = configs["continuous"]
     assert base.objective == config.objective and base.student == config.student
+    return config, configs
+
+
+def test_every_ablation_is_a_run_that_makes_sense():
+    _, configs = checked_variants("digits_ablations")
+    assert len(configs) >= 18
     # Each turns one choice of the one that it is named after.
     for name, changed in configs.items():
         if name not in ("continuous", "boot", "boot_signal", "boot_noisy_image"):
             other = configs[name.split("_")[0]]
             turned = differences(other.to_dict(), changed.to_dict())
             assert len(turned) == 1, (name, turned)
+
+
+def test_every_ablation_of_the_correction_turns_one_choice():
+    config, configs = checked_variants("digits_correction")
+    assert "diversity" in config.evaluation.metrics
+    for name, changed in configs.items():
+        if name not in ("continuous", "corrected", "alone_strength_1"):
+            other = configs["corrected"]
+            turned = differences(other.to_dict(), changed.to_dict())
+            assert len(turned) == 1, (name, turned)
+            assert "objective.correction" in str(turned)

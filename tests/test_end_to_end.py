@@ -1,10 +1,12 @@
 """Whole runs, at a tiny size: what they leave behind, and how they go on."""
 
+import importlib
 import io
 import itertools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from PIL import Image
 
 from boot_jax.training import logs
 
+ROOT = pathlib.Path(__file__).parents[1]
 SCORES = {"frechet_distance", "normalized_error", "precision", "recall"}
 
 
@@ -218,7 +221,7 @@ def test_an_interpolation_joins_two_seeds(tiny):
     ],
     ids=["scale", "range"],
 )
-def test_a_guided_class_conditional_run(tmp_path, guidance, capsys):
+def test_a_guided_class_conditional_run(tmp_path, guidance, capsys, monkeypatch):
     workdir = tmp_path / "run"
     flags = (
         write_config(tmp_path, DIGITS),
@@ -235,6 +238,12 @@ def test_a_guided_class_conditional_run(tmp_path, guidance, capsys):
     assert set(results["student"]) >= SCORES
     model = json.loads((workdir / "teacher" / "model.json").read_text())
     assert model["num_classes"] == 10
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("digit_labels").main([workdir], num_images=40)
+    said = re.findall(r"(real|teacher|student) ([0-9.]+)%", capsys.readouterr().out)
+    shares = {who: float(share) for who, share in said}
+    assert shares.keys() == {"real", "teacher", "student"}
+    assert shares["real"] > 97 and max(shares["teacher"], shares["student"]) < 60
     images = {}
     for label in (2, 7):
         flag = f"--config.sample.label={label}"

@@ -1,0 +1,61 @@
+"""The choices of a correction, each turned by itself, on the digits.
+
+python -m boot_jax.main --config=configs/digits_correction.py --mode=compare
+
+One teacher, and the same number of steps for all: half of the demo's. docs/correction.md
+has what came of it. Some of it, by more than one process in the same workdir:
+
+    --config.compare.kinds=corrected,alone --config.compare.seeds=0,
+"""
+
+import importlib.util
+import pathlib
+
+
+def sibling(name):
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DIGITS = sibling("digits")
+
+
+def corrected(**changed):
+    """The digits' correction, with other choices for some."""
+    fields = [f"objective.correction.{name}={value}" for name, value in changed.items()]
+    return (*DIGITS.METHODS["corrected"], *fields)
+
+
+VARIANTS = {
+    "continuous": ("objective.kind=continuous",),  # without
+    "corrected": corrected(),  # as configs/digits.py
+    "strength_003": corrected(strength=0.03),
+    "strength_03": corrected(strength=0.3),
+    "strength_1": corrected(strength=1.0),
+    "share_eighth": corrected(share=0.125),
+    "share_half": corrected(share=0.5),
+    "times_noisy": corrected(time_range="(0.5,0.95)"),
+    "times_clean": corrected(time_range="(0.05,0.5)"),
+    "times_logit_normal": corrected(time_distribution="logit_normal"),
+    "auxiliary_half": corrected(auxiliary_share=0.5),
+    "auxiliary_whole": corrected(auxiliary_share=1.0),
+    "updates_3": corrected(updates=3),
+    "rank_8": corrected(lora_rank=8),
+    "alone": corrected(trajectory_weight=0.0),
+    "alone_strength_1": corrected(trajectory_weight=0.0, strength=1.0),
+}
+
+
+def get_config():
+    config = DIGITS.get_config()
+    config.title = "Digits: the choices of a correction"
+    config.evaluation.metrics = ("precision_recall", "diversity")
+    config.compare.kinds = ()
+    config.compare.variants = VARIANTS
+    config.compare.budget = "steps"
+    config.compare.amounts = (0.5,)
+    return config
