@@ -134,7 +134,7 @@ def test_the_table_says_all_of_it():
     assert teacher[2].startswith("| teacher, Heun, 80 steps |")
     for words in (
         "2,048 images, pixels 8x8x1 features, against some digits",
-        "1 times the network calls of the config's own run",
+        "1 times the config's network calls",
         "Intervals of 2 seeds: 95 %, Student's t",
         "bootstrap over the images",
         "Failed: other, 1, seed 1: step 3: loss = nan",

@@ -26,12 +26,6 @@ from boot_jax.evaluation.teacher_side import TeacherSide
 from boot_jax.run import Run
 from boot_jax.workdir import write_text
 
-_BUDGETS = {
-    "calls": "network calls of the training",
-    "seconds": "seconds of training",
-    "steps": "training steps",
-}
-
 # Of the teacher's numbers of steps, the lines of a plot.
 _MOST_LINES = 3
 
@@ -191,7 +185,7 @@ def _plot(comparison: dict[str, Any]) -> bytes:
     return plots.quality_against_budget(
         found,
         lines | {f"teacher, {ode['name']}": ode[name]},
-        _BUDGETS[by],
+        comparison_lib.UNITS[by].spent,
         comparison["features"],
         f"{comparison['distance_name']} (lower is better)",
     )

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from boot_jax.config import ConfigError, field_names, unknown
+from boot_jax.evaluation.comparison import UNITS
 from boot_jax.objectives.base import KINDS
 
 #: Sections that all methods share: they decide the teacher and how it is scored.
@@ -18,8 +19,6 @@ SHARED = (
 )
 #: What the budget decides.
 NUM_STEPS = "distill.num_steps"
-
-BUDGETS = ("calls", "seconds", "steps")
 
 # A name is also a folder's, and stands among others on the command line.
 _NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
@@ -60,8 +59,8 @@ def check_section(config: Any) -> None:
       ConfigError: in one line.
     """
     section = config.compare
-    if section.budget not in BUDGETS:
-        raise ConfigError(unknown("compare.budget", section.budget, BUDGETS))
+    if section.budget not in UNITS:
+        raise ConfigError(unknown("compare.budget", section.budget, UNITS))
     amounts, seeds = tuple(section.amounts), tuple(section.seeds)
     if not amounts or any(_is_no_number(amount) or amount <= 0 for amount in amounts):
         raise ConfigError(

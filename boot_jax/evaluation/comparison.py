@@ -10,7 +10,7 @@ single seed it has the bootstrap interval of its images, and says so.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -20,6 +20,32 @@ from boot_jax.evaluation.pages import EN_DASH
 
 #: What an interval is over.
 OVER_SEEDS, OVER_IMAGES = "seeds", "images"
+
+
+class Unit(NamedTuple):
+    """What a budget is counted in.
+
+    Attributes:
+      amount: what an amount is, in a sentence.
+      column: the same in a column's name.
+      spent: what is spent of it, along an axis.
+    """
+
+    amount: str
+    column: str
+    spent: str
+
+
+#: Of the values of ``compare.budget``.
+UNITS = {
+    "calls": Unit(
+        "times the config's network calls",
+        "times its calls",
+        "network calls of the training",
+    ),
+    "seconds": Unit("seconds of training", "seconds", "seconds of training"),
+    "steps": Unit("times the config's steps", "times its steps", "training steps"),
+}
 
 # More columns of the table, and their decimals.
 _MORE = {"ddim_equivalent_steps": ("worth in DDIM steps ↑", ".1f")}
@@ -212,11 +238,7 @@ def _bytes(value: float | None) -> str:
 
 def _notes(comparison: Mapping[str, Any]) -> list[str]:
     budget = comparison["budget"]
-    within = {
-        "calls": "times the network calls of the config's own run",
-        "steps": "times the steps of the config's own run",
-        "seconds": "seconds of training",
-    }[budget["by"]]
+    within = UNITS[budget["by"]].amount
     amounts = ", ".join(f"{amount:g}" for amount in budget["amounts"])
     notes = [
         f"Budget: {amounts} {within}. {comparison['num_images']:,} images, "

@@ -25,27 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from boot_jax.evaluation import pages, sample_rows, selftest
+from boot_jax.evaluation.comparison import UNITS, Unit
 from boot_jax.evaluation.figures import Column, cell_of, columns_of, figure_cell
 from boot_jax.evaluation.nearest import ShownSample
 from boot_jax.evaluation.pages import EN_DASH, Cell
 
-# What an amount is, in a sentence and in a column's name.
-_UNITS = {
-    "calls": ("times the config's network calls", "times its calls"),
-    "seconds": ("seconds of training", "seconds"),
-    "steps": ("times the config's steps", "times its steps"),
-}
+_UNKNOWN = Unit("units of the budget", "units", "budget")
 
 _DISTANCE = "frechet_distance"
 
 
-def _units(comparison: Mapping[str, Any]) -> tuple[str, str]:
+def _unit(comparison: Mapping[str, Any]) -> Unit:
     by = (comparison.get("budget") or {}).get("by")
-    return _UNITS.get(str(by), ("units of the budget", "units"))
-
-
-def _unit(comparison: Mapping[str, Any]) -> str:
-    return _units(comparison)[0]
+    return UNITS.get(str(by), _UNKNOWN)
 
 
 def _distance(method: Mapping[str, Any]) -> float:
@@ -87,7 +79,7 @@ def headline(comparison: Mapping[str, Any]) -> str:
     largest = max(amounts)
     there = [method for method in methods if method["amount"] == largest]
     ranked = sorted((m for m in there if _distance(m) < math.inf), key=_distance)
-    budget = f"With {largest:,g} {_unit(comparison)} each"
+    budget = f"With {largest:,g} {_unit(comparison).amount} each"
     if not ranked:
         return f"{budget}, no method has a distance."
     best, *others = ranked
@@ -120,8 +112,9 @@ def _of_the_teacher(comparison: Mapping[str, Any]) -> list[str]:
 
 def _failures(comparison: Mapping[str, Any]) -> list[str]:
     """A line for each cell that came to nothing."""
+    unit = _unit(comparison).amount
     return [
-        f"failed: {cell['method']} with {cell['amount']:,g} {_unit(comparison)}, "
+        f"failed: {cell['method']} with {cell['amount']:,g} {unit}, "
         f"seed {cell.get('seed', EN_DASH)}: {cell['failed']}"
         for cell in comparison.get("cells") or ()
         if cell.get("failed")
@@ -254,7 +247,7 @@ def _facts(comparison: Mapping[str, Any]) -> dict[str, object]:
     }
     amounts = (comparison.get("budget") or {}).get("amounts") or ()
     facts: dict[str, object] = {
-        "budgets": f"{', '.join(f'{n:,g}' for n in amounts)} {_unit(comparison)}"
+        "budgets": f"{', '.join(f'{n:,g}' for n in amounts)} {_unit(comparison).amount}"
         if amounts
         else None,
         "features": comparison.get("features"),
@@ -304,7 +297,7 @@ def write_comparison(
     """
     figures = [column.title for column in _columns(comparison).values()]
     about = f"Distances in {comparison.get('features') or 'unnamed'} features"
-    budget = _units(comparison)[1]
+    budget = _unit(comparison).column
     header = ["method", f"budget, {budget}", "seeds", *figures, *_COSTS]
     told = (
         f"{about}; below each figure its 95 % interval. All samples are of one step. "
