@@ -1,12 +1,15 @@
-"""Time of a distillation step, as a ratio to that of a teacher-training step.
+"""Time and memory of a distillation step, as ratios to a teacher-training step's.
 
 python benchmarks/step_time.py --network=dit --batch_size=128
+python benchmarks/step_time.py --only=continuous,corrected
+
+The memory is the compiled step's: state, inputs and temporaries on one device.
 """
 
 import argparse
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from boot_jax.teachers.checkpoint import initialiser
 from boot_jax.training.correction import corrected_loss
 from boot_jax.training.denoising import denoising_loss
 from boot_jax.training.distillation import distillation_loss
+from boot_jax.training.run import compiled_bytes
 from boot_jax.training.state import create_optimizer, create_state
 from boot_jax.training.step import Loss, make_train_step
 
@@ -55,10 +59,15 @@ OBJECTIVES |= {
 BASE = "teacher training"
 
 
-def compiled(
-    loss: Loss, params: Any, frozen: Any, batches: Any, k: int
-) -> Callable[[], float]:
-    """A dispatch of ``k`` steps that is compiled, giving the seconds of one step."""
+class Dispatch(NamedTuple):
+    """Some steps in one, compiled: what one of them takes, and the bytes of all."""
+
+    seconds: Callable[[], float]
+    memory: int | None
+
+
+def compiled(loss: Loss, params: Any, frozen: Any, batches: Any, k: int) -> Dispatch:
+    """A dispatch of ``k`` steps."""
     optimizer = create_optimizer(learning_rate=1e-4, num_steps=1000)
     step = make_train_step(
         loss, optimizer, ema_decay=0.999, num_steps=1000, steps_per_dispatch=k
@@ -68,21 +77,23 @@ def compiled(
     own = None if second is None else second.create(jax.random.key(2))
     state = create_state(jax.tree.map(jnp.copy, params), optimizer, own)
 
+    program = step.lower(state, frozen, batches, jax.random.key(0)).compile()
+
     def dispatch() -> float:
         nonlocal state
         before = time.perf_counter()
-        state, metrics = step(state, frozen, batches, jax.random.key(0))
+        state, metrics = program(state, frozen, batches, jax.random.key(0))
         jax.block_until_ready((state, metrics))
         return (time.perf_counter() - before) / k
 
     dispatch()
-    return dispatch
+    return Dispatch(dispatch, compiled_bytes(program))
 
 
 def dispatches(
-    network_name: str, batch_size: int, k: int
-) -> dict[str, Callable[[], float]]:
-    """One of every kind of step, compiled, by name."""
+    network_name: str, batch_size: int, k: int, only: Sequence[str]
+) -> dict[str, Dispatch]:
+    """One of every kind of step whose name begins as asked, by name."""
     network = create_network(network_name, sample_shape=SHAPE, **NETWORKS[network_name])
     params = initialiser(network, SHAPE, None)(jax.random.key(0))
     teacher = Teacher(
@@ -104,6 +115,8 @@ def dispatches(
     images = {"image": jnp.zeros((k, batch_size, *SHAPE))}
     found = {BASE: compiled(training, params, None, images, k)}
     for name, objective in OBJECTIVES.items():
+        if not name.startswith(tuple(only)):
+            continue
         shared: dict[str, Any] = {
             "signal": student.signal,
             "denoise": teacher.denoise,
@@ -124,21 +137,26 @@ def dispatches(
     return found
 
 
-def main(network: str, batch_size: int, rounds: int, many: int) -> None:
+def main(
+    network: str, batch_size: int, rounds: int, many: int, only: Sequence[str] = ("",)
+) -> None:
     """Prints a row for each kind of step, with one and with many per dispatch."""
-    kinds = {k: dispatches(network, batch_size, k) for k in (1, many)}
+    kinds = {k: dispatches(network, batch_size, k, only) for k in (1, many)}
     # In turn, so that whatever else the machine does falls on all of them alike.
     rows = [
-        [[dispatch() for dispatch in kind.values()] for kind in kinds.values()]
+        [[dispatch.seconds() for dispatch in kind.values()] for kind in kinds.values()]
         for _ in range(rounds)
     ]
     seconds = np.asarray(rows)  # [round, k, name]
     ratios = np.median(seconds / seconds[:, :1, :1], axis=0)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"{network}, batch {batch_size}, {device}, jax {jax.__version__}")
-    print(f"{'step':24} {'k = 1':>8} {f'k = {many}':>8}   (k steps per dispatch)")
-    for name, one, several in zip(kinds[1], *ratios, strict=True):
-        print(f"{name:24} {one:8.2f} {several:8.2f}")
+    head = f"{'k = 1':>8} {f'k = {many}':>8} {'memory':>8}"
+    print(f"{'step':24} {head}   (k steps per dispatch)")
+    base = kinds[1][BASE].memory
+    for (name, kind), one, several in zip(kinds[1].items(), *ratios, strict=True):
+        memory = f"{kind.memory / base:8.2f}" if kind.memory and base else f"{'-':>8}"
+        print(f"{name:24} {one:8.2f} {several:8.2f} {memory}")
 
 
 if __name__ == "__main__":
@@ -147,4 +165,10 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--many", type=int, default=20)
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=[""],
+        help="kinds of step: how their names begin, separated by commas",
+    )
     main(**vars(parser.parse_args()))

@@ -2,7 +2,7 @@
 
 python -m boot_jax.main --config=configs/digits_correction.py --mode=compare
 
-One teacher, and the same number of steps for all: half of the demo's. What came of it is
+One teacher, and as many steps for all: half of the demo's. What came of it is
 in docs/correction.md. Some of it, by more than one process in the same workdir:
 
     --config.compare.kinds=corrected,alone --config.compare.seeds=0,
