@@ -55,6 +55,7 @@ VARIANTS = {
 def get_config():
     config = DIGITS.get_config()
     config.title = "Digits: the choices that the paper leaves open"
+    config.objective.correction.strength = 0.0
     config.compare.kinds = ()
     config.compare.variants = VARIANTS
     return config

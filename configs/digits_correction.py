@@ -31,7 +31,7 @@ def corrected(**changed):
 
 
 VARIANTS = {
-    "continuous": ("objective.kind=continuous",),  # without
+    "continuous": DIGITS.METHODS["continuous"],  # without
     "corrected": corrected(),  # as configs/digits.py
     "strength_003": corrected(strength=0.03),
     "strength_03": corrected(strength=0.3),

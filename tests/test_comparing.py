@@ -450,14 +450,14 @@ def checked_variants(name: str) -> tuple[Any, dict[str, Any]]:
         for changed in configs.values()
     }
     assert len(chosen) == len(found)
-    base = configs["continuous"]
-    assert base.objective == config.objective and base.student == config.student
     return config, configs
 
 
 def test_every_ablation_is_a_run_that_makes_sense():
-    _, configs = checked_variants("digits_ablations")
+    config, configs = checked_variants("digits_ablations")
     assert len(configs) >= 18
+    base = configs["continuous"]
+    assert base.objective == config.objective and base.student == config.student
     # Each turns one choice of the one that it is named after.
     for name, changed in configs.items():
         if name not in ("continuous", "boot", "boot_signal", "boot_noisy_image"):
@@ -469,6 +469,7 @@ def test_every_ablation_is_a_run_that_makes_sense():
 def test_every_ablation_of_the_correction_turns_one_choice():
     config, configs = checked_variants("digits_correction")
     assert "diversity" in config.evaluation.metrics
+    assert configs["corrected"].objective == config.objective
     for name, changed in configs.items():
         if name not in ("continuous", "corrected", "alone_strength_1"):
             other = configs["corrected"]

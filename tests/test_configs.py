@@ -144,9 +144,9 @@ def run_on_one_device(config: Any, workdir: pathlib.Path) -> Run:
     )
 
 
-#: The compilation takes its time; one config, the most complicated, is always run.
+#: The compilation takes its time; CI runs one config, the most complicated.
 STEPS = [
-    pytest.param(name, marks=() if name == "imagenet64" else pytest.mark.slow)
+    pytest.param(name, marks=() if name == "imagenet64" else pytest.mark.long)
     for name in BIG
 ]
 

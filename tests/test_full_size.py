@@ -18,7 +18,10 @@ PUBLISHED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    ["sd15", *(pytest.param(n, marks=pytest.mark.long) for n in ("sd21", "sdxl"))],
+)
 def test_the_step_is_lowered_at_full_size(monkeypatch, name):
     """That of the benchmark, whose teacher has the published parameters."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

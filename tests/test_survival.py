@@ -93,6 +93,7 @@ ENDLESS = (
 FAR = 10**7
 
 
+@pytest.mark.long
 def test_kills_at_any_moment_change_nothing(tmp_path, environment):
     """25 times SIGKILL: then every number is that of a run that was never killed."""
     config = write_config(tmp_path, MIXTURE)
@@ -131,15 +132,21 @@ def test_kills_at_any_moment_change_nothing(tmp_path, environment):
 # which training has many steps, whether it has everything to compile).
 MOMENTS = [
     (None, 1.5, "teacher", True),  # while it starts
-    (None, 2.5, "teacher", True),
+    pytest.param(None, 2.5, "teacher", True, marks=pytest.mark.long),
     ("checkpoints/0", 0.0, "teacher", True),  # the first step is being compiled
-    ("checkpoints/0", 0.6, "teacher", True),
+    pytest.param("checkpoints/0", 0.6, "teacher", True, marks=pytest.mark.long),
     ("teacher:", 0.2, "teacher", False),
     ("student:", 0.0, "student", False),
-    ("student:", 0.15, "student", False),
+    pytest.param("student:", 0.15, "student", False, marks=pytest.mark.long),
     ("evaluate: teacher's ODE", 0.3, "neither", True),
     ("evaluate: student", 0.1, "neither", False),
-    ("evaluate: error over target time", 0.05, "neither", False),
+    pytest.param(
+        "evaluate: error over target time",
+        0.05,
+        "neither",
+        False,
+        marks=pytest.mark.long,
+    ),
 ]
 MANY, FEW = 3000, 50
 
@@ -180,7 +187,7 @@ def test_a_request_to_stop_is_answered_at_any_moment(
         process.send_signal(
             random.Random(seconds).choice([signal.SIGTERM, signal.SIGINT])
         )
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=120)
     assert code == EXIT_PREEMPTED, log.read_text()
     assert "the same command goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -270,6 +277,7 @@ def losses(workdir: pathlib.Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_metrics(workdir)])
 
 
+@pytest.mark.long
 def test_every_topology_gives_the_same_and_takes_over_from_every_other(
     tmp_path, environment
 ):
