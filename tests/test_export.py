@@ -1,5 +1,6 @@
 """The command's export: a distilled student in PyTorch, as a file, with its card."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -20,6 +21,7 @@ from boot_jax.export import folder as export_folder
 from boot_jax.export.card import Origin, model_card, read_licence
 from boot_jax.export.diffusers import stock_model
 from boot_jax.export.finished import ExportError
+from boot_jax.objectives import Correction
 from boot_jax.run import Run
 from boot_jax.sharding import create_mesh
 
@@ -327,6 +329,37 @@ def test_the_card_has_the_figures_and_the_guidance_scale():
     assert "0.250" in card and "on 64 images, features pixels 8x8x1" in card
     assert "2 (it was trained on 1 to 4)" in card
     assert "class_labels=[0, 2]" in card and 'custom_pipeline="FOLDER"' in card
+
+
+@pytest.mark.parametrize(
+    "chosen, told, untold",
+    [
+        ({}, "More steps do not help", "correction of its samples"),
+        (
+            {"correction": Correction(strength=0.1)},
+            "without training data, by bootstrapping along the teacher's ODE (Gu et "
+            "al., [arXiv 2306.05544](https://arxiv.org/abs/2306.05544)), and a "
+            "correction of its samples' distribution",
+            "sample.steps",
+        ),
+        ({"start_times": (0.1, 1.0)}, "`sample.steps`", "More steps do not help"),
+    ],
+    ids=["plain", "corrected", "started"],
+)
+def test_the_card_says_how_the_student_was_made(chosen, told, untold):
+    finished = finished_student("dit")
+    objective = dataclasses.replace(finished.objective, **chosen)
+    finished = dataclasses.replace(finished, objective=objective)
+    card = model_card(
+        finished,
+        config=default_config(),
+        results=None,
+        origin=Origin("a teacher", "0123"),
+        stock=stock_model(finished),
+    )
+    assert told in card and untold not in card
+    strength = objective.correction.strength
+    assert f"| strength of the correction | {strength:g} |" in card
 
 
 def test_a_student_that_gives_noisy_images_is_not_exported(tmp_path):

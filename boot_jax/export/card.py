@@ -99,9 +99,7 @@ def model_card(
         "## What it is worth",
         _figures(results),
         "## Limits",
-        "More steps do not help: the network no longer knows a time, and has learned "
-        "the way from pure noise only. It inherits what its teacher cannot draw, and "
-        "loses some of its variety.",
+        _steps(finished.objective),
         "## Licence",
         _licence(origin),
     ]
@@ -111,9 +109,33 @@ def model_card(
 def _method(objective: Objective) -> str:
     words, number = _METHODS[objective.kind].removesuffix(")").rsplit(" ", 1)
     data = "with" if objective.needs_images else "without"
+    said = f"{data} training data, by {words} {_arxiv(number)})"
+    if objective.correction.strength:
+        said += (
+            ", and a correction of its samples' distribution (as in Diff-Instruct, Luo "
+            f"et al., {_arxiv('2305.18455')})"
+        )
+    return f"{said}."
+
+
+def _arxiv(number: str) -> str:
+    return f"[arXiv {number}](https://arxiv.org/abs/{number})"
+
+
+def _steps(objective: Objective) -> str:
+    if objective.start_times:
+        said = (
+            "Here it makes one step. It has also learned to go on from a sample half "
+            "way, of which boot_jax makes use (`sample.steps`)"
+        )
+    else:
+        said = (
+            "More steps do not help: the network no longer knows a time, and has "
+            "learned the way from pure noise only"
+        )
     return (
-        f"{data} training data, by {words} "
-        f"[arXiv {number}](https://arxiv.org/abs/{number}))."
+        f"{said}. It inherits what its teacher cannot draw, and loses some of its "
+        "variety."
     )
 
 
@@ -144,6 +166,7 @@ def _facts(finished: FinishedStudent, config: Any) -> str:
         "teacher's guidance scale": guidance,
         "objective": f"{objective.kind}, from t = {objective.t_max:g} to "
         f"{objective.t_min:g}",
+        "strength of the correction": f"{objective.correction.strength:g}",
         "training": f"{config.distill.num_steps:,} steps of "
         f"{config.distill.batch_size} noises, seed {config.seed}",
     }
