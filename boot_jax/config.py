@@ -71,11 +71,11 @@ def _correction() -> ml_collections.ConfigDict:
             "time_mean": 0.5,  # of logit_normal; above 0 leans to noise
             "time_scale": 1.0,
             "guidance_interval": (),  # of t, for the correction; (): the teacher's own
-            # Of the auxiliary network: updates for each of the student, and of each
-            # the share of the batch; its Adam.
+            # Of the auxiliary network, for each update of the student:
             "updates": 1,
-            "auxiliary_share": 1.0,
+            "auxiliary_share": 1.0,  # of the batch
             "learning_rate": 5e-4,
+            "decay": "constant",  # constant | cosine
             "b1": 0.0,
             "b2": 0.99,
             "lora_rank": 0,  # of adapters instead of a whole network; 0: the latter

@@ -55,6 +55,7 @@ def get_config():
     config.objective.adaptive_power = 1.0
     config.objective.correction.strength = 0.1
     config.objective.correction.auxiliary_share = 0.25
+    config.objective.correction.decay = "cosine"
     config.distill.learning_rate = 2e-3
     config.distill.num_steps = 5000
     config.run.checkpoint_every = 500

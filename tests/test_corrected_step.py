@@ -237,6 +237,22 @@ def test_the_auxiliary_network_learns_before_the_student_moves(updates):
     assert len({float(eps[0, 0, 0, 0]) for eps in seen}) == updates
 
 
+def test_the_auxiliary_networks_rate_falls_with_the_training():
+    moved = {}
+    for decay in ("constant", "cosine"):
+        loss, student = loss_of(decay=decay)
+        state = start_of(loss, student)
+        state = state.replace(step=jnp.full_like(state.step, 9))  # of 12
+        before = jax.tree.map(np.array, state.auxiliary.params)
+        after, _ = step_of(loss)(state, TEACHER.params, None, key_of(3))
+        moved[decay] = jax.tree.map(np.subtract, after.auxiliary.params, before)
+    left = (1 + np.cos(0.75 * np.pi)) / 2
+    assert_close(
+        moved["cosine"], jax.tree.map(lambda move: left * move, moved["constant"])
+    )
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved["cosine"])) > 1e-5
+
+
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_eight_devices_give_the_step_of_one(fsdp):
     mesh = sharding.create_mesh(-1, fsdp)

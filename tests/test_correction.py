@@ -342,6 +342,7 @@ def test_times_are_distributed_as_they_should(kind):
         ({"updates": 0}, "correction.updates is 0, but must be at least 1"),
         ({"auxiliary_share": 0.0}, r"auxiliary_share is 0.0, but must be in \(0, 1\]"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, but must be positive"),
+        ({"decay": "linear"}, "correction.decay is 'linear', but must be one of"),
         ({"b1": 1.0}, r"correction.b1 is 1.0, but must be in \[0, 1\)"),
         ({"b2": -0.1}, r"correction.b2 is -0.1, but must be in \[0, 1\)"),
         ({"lora_rank": -1}, "correction.lora_rank is -1, but must be at least 0"),

@@ -250,10 +250,10 @@ def test_batches_bring_the_tokens_of_their_captions():
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
-    """A fifth of the config's steps: colours are right by then, shapes begin to be."""
+    """Two fifths of the config's steps: colours are right by then, and many shapes."""
     config = module_of("configs").get_config()
     for training in (config.teacher.training, config.distill):
-        training.num_steps //= 5
+        training.num_steps = 2 * training.num_steps // 5
         training.ema_decay = 0.98
     config.prompts.path = str(ROOT / config.prompts.path)
     one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 3}
@@ -268,6 +268,8 @@ def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
             shown.colour is not None and shown.colour in caption
             for shown, caption in zip(found, captions, strict=True)
         ]
+        accuracy, diversity = scores[name]["accuracy"], scores[name]["diversity"]
+        print(f"{name}: {np.mean(right):.2f}, {accuracy:.2f}, {diversity:.2f}")
         assert np.mean(right) > colours, name
-        assert scores[name]["accuracy"] > both, name
-        assert scores[name]["diversity"] > varied, name
+        assert accuracy > both, name
+        assert diversity > varied, name

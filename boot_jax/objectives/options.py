@@ -3,6 +3,7 @@
 import dataclasses
 
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+RATE_DECAYS = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Correction:
         empty for those of the trajectories.
       updates: of the auxiliary network, for each of the student.
       auxiliary_share: of the batch, for one of them.
-      learning_rate: of the auxiliary network, constant.
+      learning_rate: of the auxiliary network.
+      decay: of that rate over the training, ``constant`` or ``cosine`` to zero.
       b1: of its Adam.
       b2: of its Adam.
       lora_rank: of low-rank adapters in the place of a whole auxiliary network; 0 for
@@ -41,6 +43,7 @@ class Correction:
     updates: int = 1
     auxiliary_share: float = 1.0
     learning_rate: float = 5e-4
+    decay: str = "constant"
     b1: float = 0.0
     b2: float = 0.99
     lora_rank: int = 0
@@ -65,6 +68,7 @@ class Correction:
             "updates": (self.updates >= 1, "at least 1"),
             "auxiliary_share": (0 < self.auxiliary_share <= 1, "in (0, 1]"),
             "learning_rate": (self.learning_rate > 0, "positive"),
+            "decay": (self.decay in RATE_DECAYS, f"one of {RATE_DECAYS}"),
             "b1": (0 <= self.b1 < 1, "in [0, 1)"),
             "b2": (0 <= self.b2 < 1, "in [0, 1)"),
             "lora_rank": (self.lora_rank >= 0, "at least 0 (0 for a whole network)"),

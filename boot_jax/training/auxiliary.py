@@ -25,6 +25,7 @@ class Auxiliary:
         ...]``, out of those of the step.
       value: ``(auxiliary_params, params, frozen, inputs) -> (loss, metrics)`` of one
         microbatch, ``params`` of the first network.
+      decay: of its rate over the training: ``constant``, or ``cosine`` to zero.
     """
 
     init: Callable[[Array], Any]
@@ -32,6 +33,7 @@ class Auxiliary:
     updates: int
     draw: Callable[[Any, Array, int], Any]
     value: Callable[[Any, Any, Any, Any], tuple[Array, dict[str, Array]]]
+    decay: str = "constant"
 
     def create(self, key: Array) -> AuxiliaryState:
         """Its state before the first step."""
@@ -48,6 +50,7 @@ class Auxiliary:
         frozen: Any,
         inputs: Any,
         key: Array,
+        progress: Array,
         microbatches: int,
     ) -> tuple[AuxiliaryState, dict[str, Array]]:
         """Makes the updates of one step.
@@ -58,6 +61,7 @@ class Auxiliary:
           frozen: what is not trained.
           inputs: of the step.
           key: of the step.
+          progress: of the training, from 0 to 1.
           microbatches: the gradient is the mean over so many parts.
 
         Returns:
@@ -77,6 +81,11 @@ class Auxiliary:
             with jax.numpy_dtype_promotion("standard"):
                 updates, opt_state = self.optimizer.update(
                     grads, state.opt_state, state.params
+                )
+            if self.decay == "cosine":
+                rate = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+                updates = jax.tree.map(
+                    lambda leaf: rate.astype(leaf.dtype) * leaf, updates
                 )
             moved = optax.apply_updates(state.params, updates)
             return AuxiliaryState(params=moved, opt_state=opt_state), metrics

@@ -159,5 +159,6 @@ def corrected_loss(
             updates=correction.updates,
             draw=draw_samples,
             value=denoising,
+            decay=correction.decay,
         ),
     )

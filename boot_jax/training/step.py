@@ -118,7 +118,8 @@ def make_train_step(
         state: TrainState, frozen: Any, batch: Any, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
-        inputs = loss.draw(batch, key, state.step / num_steps, microbatches)
+        progress = state.step / num_steps
+        inputs = loss.draw(batch, key, progress, microbatches)
         auxiliary, known, said = state.auxiliary, frozen, {}
         if loss.auxiliary is not None:
             auxiliary, said = loss.auxiliary.train(
@@ -127,6 +128,7 @@ def make_train_step(
                 frozen,
                 inputs,
                 jax.random.fold_in(key, _AUXILIARY_STREAM),
+                progress,
                 microbatches,
             )
             known = frozen, auxiliary.params
