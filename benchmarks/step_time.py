@@ -49,7 +49,7 @@ OBJECTIVES = {
 }
 _CORRECTIONS = {
     "corrected": Correction(strength=1.0),
-    "corrected, a quarter": Correction(strength=1.0, auxiliary_share=0.25),
+    "corrected, whole batch": Correction(strength=1.0, auxiliary_share=1.0),
     "corrected, rank 8": Correction(strength=1.0, lora_rank=8),
 }
 OBJECTIVES |= {

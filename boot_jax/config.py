@@ -73,9 +73,9 @@ def _correction() -> ml_collections.ConfigDict:
             "guidance_interval": (),  # of t, for the correction; (): the teacher's own
             # Of the auxiliary network, for each update of the student:
             "updates": 1,
-            "auxiliary_share": 1.0,  # of the batch
+            "auxiliary_share": 0.25,  # of the batch
             "learning_rate": 5e-4,
-            "decay": "constant",  # constant | cosine
+            "decay": "cosine",  # constant | cosine
             "b1": 0.0,
             "b2": 0.99,
             "lora_rank": 0,  # of adapters instead of a whole network; 0: the latter

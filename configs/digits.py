@@ -54,8 +54,6 @@ def get_config():
     config.objective.boundary_weight = 0.0  # contained in eq. 5, since alpha(1) = 0
     config.objective.adaptive_power = 1.0
     config.objective.correction.strength = 0.1
-    config.objective.correction.auxiliary_share = 0.25
-    config.objective.correction.decay = "cosine"
     config.distill.learning_rate = 2e-3
     config.distill.num_steps = 5000
     config.run.checkpoint_every = 500

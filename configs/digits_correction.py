@@ -2,7 +2,7 @@
 
 python -m boot_jax.main --config=configs/digits_correction.py --mode=compare
 
-One teacher, and as many steps for all: half of the demo's. What came of it is
+One teacher, and as many steps for all: 2,000. What came of it is
 in docs/correction.md. Some of it, by more than one process in the same workdir:
 
     --config.compare.kinds=corrected,alone --config.compare.seeds=0,
@@ -31,23 +31,22 @@ def corrected(**changed):
 
 
 VARIANTS = {
-    "continuous": DIGITS.METHODS["continuous"],  # without
     "corrected": corrected(),  # as configs/digits.py
+    "continuous": DIGITS.METHODS["continuous"],  # without
     "strength_003": corrected(strength=0.03),
     "strength_03": corrected(strength=0.3),
     "strength_1": corrected(strength=1.0),
-    "share_eighth": corrected(share=0.125),
-    "share_half": corrected(share=0.5),
+    "alone": corrected(trajectory_weight=0.0),
+    "auxiliary_whole": corrected(auxiliary_share=1.0),
     "times_noisy": corrected(time_range="(0.5,0.95)"),
     "times_clean": corrected(time_range="(0.05,0.5)"),
-    "times_logit_normal": corrected(time_distribution="logit_normal"),
-    "auxiliary_whole": corrected(auxiliary_share=1.0),
-    "updates_3": corrected(updates=3),
+    "share_half": corrected(share=0.5),
     "rate_constant": corrected(decay="constant"),
-    "rate_double": corrected(learning_rate=1e-3),
+    "updates_3": corrected(updates=3),
     "rank_8": corrected(lora_rank=8),
-    "alone": corrected(trajectory_weight=0.0),
-    "alone_strength_1": corrected(trajectory_weight=0.0, strength=1.0),
+    "times_logit_normal": corrected(time_distribution="logit_normal"),
+    "share_eighth": corrected(share=0.125),
+    "rate_double": corrected(learning_rate=1e-3),
 }
 
 
@@ -58,5 +57,5 @@ def get_config():
     config.compare.kinds = ()
     config.compare.variants = VARIANTS
     config.compare.budget = "steps"
-    config.compare.amounts = (0.5,)
+    config.compare.amounts = (0.4,)
     return config

@@ -471,7 +471,7 @@ def test_every_ablation_of_the_correction_turns_one_choice():
     assert "diversity" in config.evaluation.metrics
     assert configs["corrected"].objective == config.objective
     for name, changed in configs.items():
-        if name not in ("continuous", "corrected", "alone_strength_1"):
+        if name not in ("continuous", "corrected"):
             other = configs["corrected"]
             turned = differences(other.to_dict(), changed.to_dict())
             assert len(turned) == 1, (name, turned)

@@ -141,7 +141,8 @@ def test_a_corrected_student_has_its_teachers_distribution(seed):
     """After as many steps, by a test that the student without correction fails."""
     num = 20_000
     plain = samples_of(num, seed, strength=0.0)
-    corrected = samples_of(num, seed, strength=0.3, updates=5)
+    chosen = {"updates": 5, "auxiliary_share": 1.0, "decay": "constant"}
+    corrected = samples_of(num, seed, strength=0.3, **chosen)
     exact = exact_samples(num)
     found = {}
     for name, samples in (("plain", plain), ("corrected", corrected)):

@@ -41,9 +41,9 @@ class Correction:
     time_scale: float = 1.0
     guidance_interval: tuple[float, ...] = ()
     updates: int = 1
-    auxiliary_share: float = 1.0
+    auxiliary_share: float = 0.25
     learning_rate: float = 5e-4
-    decay: str = "constant"
+    decay: str = "cosine"
     b1: float = 0.0
     b2: float = 0.99
     lora_rank: int = 0
