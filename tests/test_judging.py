@@ -208,6 +208,7 @@ def test_what_is_missing_is_said_in_one_line(run, capsys, flags, words):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fid_and_its_kin_by_a_network_of_random_weights(capsys, tmp_path):
     run = distilled(tmp_path, DIGITS)
     path = tmp_path / "inception.safetensors"

@@ -306,7 +306,7 @@ def test_every_topology_gives_the_same_and_takes_over_from_every_other(
         )
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_one_of_two_processes_is_killed(tmp_path, environment, victim):
     """The other ends by itself, in bounded time; the pair goes on."""
     config = write_config(tmp_path, MIXTURE).removeprefix("--config=")
