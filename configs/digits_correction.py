@@ -2,8 +2,8 @@
 
 python -m boot_jax.main --config=configs/digits_correction.py --mode=compare
 
-One teacher, and as many steps for all: 2,000. What came of it is
-in docs/correction.md. Some of it, by more than one process in the same workdir:
+One teacher, and 2,000 steps for all. What came of it is in docs/correction.md. Some of
+it, by more than one process in the same workdir:
 
     --config.compare.kinds=corrected,alone --config.compare.seeds=0,
 """
