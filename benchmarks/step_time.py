@@ -138,7 +138,7 @@ def dispatches(
 
 
 def main(
-    network: str, batch_size: int, rounds: int, many: int, only: Sequence[str] = ("",)
+    network: str, batch_size: int, rounds: int, many: int, only: Sequence[str]
 ) -> None:
     """Prints a row for each kind of step, with one and with many per dispatch."""
     kinds = {k: dispatches(network, batch_size, k, only) for k in (1, many)}

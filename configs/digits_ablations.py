@@ -8,21 +8,11 @@ than one process in the same workdir:
     --config.compare.kinds=boot,boot_no_boundary --config.compare.seeds=0,
 """
 
-import importlib.util
 import pathlib
+import runpy
 
-
-def sibling(name):
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DIGITS = sibling("digits")
-_BOOT = DIGITS.METHODS["boot"]
+DIGITS = runpy.run_path(str(pathlib.Path(__file__).with_name("digits.py")))
+_BOOT = DIGITS["METHODS"]["boot"]
 # A noisy image has no signal in it where alpha is 0, so t_max is lower, for both.
 _LOWER_T_MAX = (*_BOOT, "objective.t_max=0.98")
 
@@ -53,7 +43,7 @@ VARIANTS = {
 
 
 def get_config():
-    config = DIGITS.get_config()
+    config = DIGITS["get_config"]()
     config.title = "Digits: the choices that the paper leaves open"
     config.objective.correction.strength = 0.0
     config.compare.kinds = ()

@@ -8,31 +8,21 @@ it, by more than one process in the same workdir:
     --config.compare.kinds=corrected,alone --config.compare.seeds=0,
 """
 
-import importlib.util
 import pathlib
+import runpy
 
-
-def sibling(name):
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DIGITS = sibling("digits")
+DIGITS = runpy.run_path(str(pathlib.Path(__file__).with_name("digits.py")))
 
 
 def corrected(**changed):
     """The digits' correction, with other choices for some."""
     fields = [f"objective.correction.{name}={value}" for name, value in changed.items()]
-    return (*DIGITS.METHODS["corrected"], *fields)
+    return (*DIGITS["METHODS"]["corrected"], *fields)
 
 
 VARIANTS = {
     "corrected": corrected(),  # as configs/digits.py
-    "continuous": DIGITS.METHODS["continuous"],  # without
+    "continuous": DIGITS["METHODS"]["continuous"],  # without
     "strength_003": corrected(strength=0.03),
     "strength_03": corrected(strength=0.3),
     "strength_1": corrected(strength=1.0),
@@ -51,7 +41,7 @@ VARIANTS = {
 
 
 def get_config():
-    config = DIGITS.get_config()
+    config = DIGITS["get_config"]()
     config.title = "Digits: the choices of a correction"
     config.evaluation.metrics = ("precision_recall", "diversity")
     config.compare.kinds = ()

@@ -20,9 +20,8 @@ from boot_jax.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-#: Least share of right colours, least accuracy and least diversity. Of a student, the
-#: last comes late: 0.37 after 1,500 steps, and 0.83 after 4,000.
-MARKS = [("teacher", 0.6, 0.15, 0.5), ("student", 0.6, 0.1, 0.1)]
+#: Least share of right colours, least accuracy and least diversity.
+MARKS = [("teacher", 0.6, 0.15, 0.5), ("student", 0.6, 0.1, 0.4)]
 
 
 def module_of(folder: str) -> Any:
@@ -251,11 +250,8 @@ def test_batches_bring_the_tokens_of_their_captions():
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_student_learns_from_captions_alone_what_to_paint(tmp_path):
-    """Two fifths of the config's steps: colours are right by then, and many shapes."""
+    """All of the config's steps: a student's variety comes in the last of them."""
     config = module_of("configs").get_config()
-    for training in (config.teacher.training, config.distill):
-        training.num_steps = 2 * training.num_steps // 5
-        training.ema_decay = 0.98
     config.prompts.path = str(ROOT / config.prompts.path)
     one = {"devices": jax.devices()[:1], "axis_types": (AxisType.Auto,) * 3}
     mesh = jax.make_mesh((1, 1, 1), AXES, **one)

@@ -187,7 +187,7 @@ def test_a_request_to_stop_is_answered_at_any_moment(
         process.send_signal(
             random.Random(seconds).choice([signal.SIGTERM, signal.SIGINT])
         )
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=60)
     assert code == EXIT_PREEMPTED, log.read_text()
     assert "the same command goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
