@@ -2,6 +2,7 @@
 
 python benchmarks/stable_diffusion_step.py --model=sd15 --compile_only
 python benchmarks/stable_diffusion_step.py --model=sd15 --batch_size=16 --microbatches=4
+python benchmarks/stable_diffusion_step.py --batch_size=16 --correction=lora
 
 Networks of random weights. With --compile_only nothing is allocated but the program.
 """
@@ -20,13 +21,17 @@ from jax import Array
 from prompts import write_tokenizer
 
 from boot_jax import Objective, Teacher, as_sampled, create_student, get_schedule
+from boot_jax.auxiliary import create_auxiliary
 from boot_jax.conditions import Conditions, prompt_encoder
 from boot_jax.guidance import NEGATIVE_KEY
 from boot_jax.models.clip import CLIPTextEncoder
+from boot_jax.models.lora import init_adapters
 from boot_jax.models.text_unet import TextUNet
+from boot_jax.objectives import Correction
 from boot_jax.prompts import PromptCache, prompt_batches
 from boot_jax.teachers.base import TextEncoder, network_denoiser
 from boot_jax.tokenizers import ClipTokenizer, Tokens
+from boot_jax.training.correction import corrected_loss
 from boot_jax.training.distillation import distillation_loss
 from boot_jax.training.state import TrainState, create_optimizer, create_state
 from boot_jax.training.step import make_train_step
@@ -35,6 +40,12 @@ STARTER = pathlib.Path(__file__).parents[1] / "configs" / "prompts" / "starter.t
 SCHEDULE = get_schedule(
     "discrete", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
 )
+
+CORRECTIONS = {
+    "off": Correction(),
+    "full": Correction(strength=0.1),
+    "lora": Correction(strength=0.1, lora_rank=16),
+}
 
 # The published configs, where they differ from the classes' defaults.
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
@@ -145,7 +156,11 @@ def abstract(init: Any) -> Any:
 
 
 def training(
-    name: str, batch_size: int, microbatches: int = 1, attention: str | None = None
+    name: str,
+    batch_size: int,
+    microbatches: int = 1,
+    attention: str | None = None,
+    correction: str = "off",
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of the distillation, and its arguments as shapes."""
     teacher = teacher_of(name, attention)
@@ -153,18 +168,27 @@ def training(
     assert text is not None
     student = create_student(teacher)
     optimizer = create_optimizer(learning_rate=1e-5, num_steps=10**6)
-    loss = distillation_loss(
-        signal=student.signal,
-        denoise=as_sampled(
+    shared: dict[str, Any] = {
+        "signal": student.signal,
+        "denoise": as_sampled(
             teacher.denoise, null_condition=NEGATIVE_KEY, guidance_scale=7.5
         ),
-        schedule=SCHEDULE,
-        objective=Objective(solver="ddim", boundary_share=1.0),
+        "schedule": SCHEDULE,
+        "objective": Objective(
+            solver="ddim", boundary_share=1.0, correction=CORRECTIONS[correction]
+        ),
+        "encode": prompt_encoder(text, ""),
+    }
+    loss = distillation_loss(
         conditions=Conditions(),
         sample_shape=teacher.sample_shape,
         batch_size=batch_size,
-        encode=prompt_encoder(text, ""),
+        **shared,
     )
+    rank = CORRECTIONS[correction].lora_rank
+    if correction != "off":
+        second = create_auxiliary(teacher, lora_rank=rank)
+        loss = corrected_loss(loss, network=second, **shared)
     step = make_train_step(
         loss, optimizer, ema_decay=0.9999, num_steps=10**6, microbatches=microbatches
     )
@@ -177,7 +201,12 @@ def training(
         x, time = jnp.zeros((1, *teacher.sample_shape)), jnp.zeros(1)
         added = {"target_time": time}
         params = network.init(key, x, time, condition, added)["params"]
-        return create_state(params, optimizer)
+        if loss.auxiliary is None:
+            return create_state(params, optimizer)
+        own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), teacher.params)
+        if rank:
+            own = {"adapters": init_adapters(own, key, rank), "added": {}}
+        return create_state(params, optimizer, loss.auxiliary.state_of(own))
 
     frozen = {"teacher": teacher.params, "text": text.params}
     batch = {"tokens": jax.ShapeDtypeStruct((1, batch_size, 77), jnp.int32)}
@@ -208,15 +237,17 @@ def main(
     batch_size: int,
     microbatches: int,
     attention: str | None,
+    correction: str,
     steps: int,
     compile_only: bool,
 ) -> None:
     """Compiles a step, says what memory it takes, and times it beside the prompts."""
-    step, arguments = training(model, batch_size, microbatches, attention)
+    step, arguments = training(model, batch_size, microbatches, attention, correction)
     state, frozen, *_ = arguments
     count = sum(leaf.size for leaf in jax.tree.leaves(frozen["teacher"]))
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"{model}, {count:,} parameters, batch {batch_size}, {device}")
+    print(f"correction           {correction:>8}")
     start = time.perf_counter()
     compiled = step.lower(*arguments).compile()
     print(f"compiled in          {time.perf_counter() - start:8.1f} s")
@@ -254,6 +285,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--attention", choices=("xla", "cudnn"))
+    parser.add_argument("--correction", choices=CORRECTIONS, default="off")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile_only", action="store_true")
     main(**vars(parser.parse_args()))

@@ -253,16 +253,19 @@ def test_the_auxiliary_networks_rate_falls_with_the_training():
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved["cosine"])) > 1e-5
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_eight_devices_give_the_step_of_one(fsdp):
-    mesh = sharding.create_mesh(-1, fsdp)
-    made = dict(kind="boot", lora_rank=0 if fsdp == 4 else 2, share=0.5)
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (4, 1), (2, 2)])
+def test_eight_devices_give_the_step_of_one(fsdp, tensor):
+    mesh = sharding.create_mesh(-1, fsdp, tensor)
+    made = dict(kind="boot", lora_rank=2 if fsdp == 1 else 0, share=0.5)
+    rules = ((r"first/(kernel|bias)$", "tensor:out"), (".*", "fsdp"))
     alone, expected = run(**made)
     loss, student = loss_of(
         batch_sharding=sharding.batch_sharding(mesh, axis=1), **made
     )
     state = start_of(loss, student)
-    shardings = sharding.parameter_shardings(state, mesh, min_size=64)
+    shardings = sharding.parameter_shardings(
+        state, mesh, rules[tensor == 1 :], min_size=64
+    )
     state = sharding.place(state, shardings)
     frozen = sharding.place(TEACHER.params, sharding.replicated(mesh))
     step = step_of(loss, state_sharding=shardings)
@@ -271,9 +274,10 @@ def test_eight_devices_give_the_step_of_one(fsdp):
         for name in metrics:
             np.testing.assert_allclose(found[name], metrics[name], rtol=1e-3, atol=1e-6)
     assert_close(alone.params, state.params, rtol=5e-3, atol=1e-4)
-    if fsdp == 4:
+    if fsdp > 1:
         split = state.auxiliary.params["first"]["bias"].sharding
         assert not split.is_fully_replicated
+        assert ("tensor" in split.spec) == (tensor > 1)
 
 
 def test_steps_in_one_dispatch_are_the_steps_one_by_one():

@@ -39,3 +39,22 @@ def test_the_step_is_lowered_at_full_size(monkeypatch, name):
     found = sum(leaf.size for leaf in jax.tree.leaves(frozen["teacher"]))
     assert found == expected
     assert "stablehlo.convolution" in text
+
+
+@pytest.mark.slow
+def test_adapters_save_a_second_stable_diffusion(monkeypatch):
+    """What a correction adds to the state that the benchmark's step holds."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("stable_diffusion_step")
+
+    def held(correction: str) -> int:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            _, arguments = benchmark.training("sd15", 1, correction=correction)
+        state, *_ = arguments
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    without = held("off")
+    full, adapters = held("full") - without, held("lora") - without
+    # The network and the one moment of its optimizer, in float32.
+    assert full == pytest.approx(2 * 4 * 859_520_964, rel=1e-6)
+    assert 0 < adapters < 0.15 * full
