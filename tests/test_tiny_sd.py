@@ -8,6 +8,8 @@ import pytest
 from command import command
 from PIL import Image
 
+from boot_jax.training.logs import read_metrics
+
 ROOT = pathlib.Path(__file__).parents[1]
 FEW = (
     "--config.distill.num_steps=4",
@@ -15,6 +17,11 @@ FEW = (
     "--config.run.checkpoint_every=2",
     "--config.run.sample_every=0",
     "--config.run.tensorboard=False",
+)
+CORRECTED = (
+    "--config.objective.correction.strength=0.1",
+    "--config.objective.correction.share=0.5",
+    "--config.objective.correction.lora_rank=4",
 )
 
 
@@ -32,15 +39,14 @@ def test_the_whole_way(tmp_path, monkeypatch, capsys):
         f"--workdir={tmp_path / 'run'}",
         *FEW,
     )
-    for embeddings in ("none", "float32"):
+    for embeddings, more in (("none", ()), ("float32", CORRECTED)):
         workdir = f"--workdir={tmp_path / embeddings}"
         option = f"--config.prompts.embeddings={embeddings}"
-        assert command(*run, workdir, option, "--mode=distill") == 0
-    losses = [
-        (tmp_path / name / "metrics.jsonl").read_text().count("loss")
-        for name in ("none", "float32")
-    ]
-    assert losses[0] == losses[1] > 0
+        assert command(*run, workdir, option, *more, "--mode=distill") == 0
+    plain, corrected = (read_metrics(tmp_path / name) for name in ("none", "float32"))
+    assert [row["step"] for row in plain] == [row["step"] for row in corrected] == [4]
+    assert all(np.isfinite(row["loss"]) for row in plain)
+    assert all(row["loss/correction"] > 0 for row in corrected)
     run = (*run, f"--workdir={tmp_path / 'none'}")
     options = ("--prompt=a red house", "--config.sample.prompt_to=a cat", "--num=3")
     assert command(*run, "--mode=sample", *options) == 0

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from tensorboardX import SummaryWriter
 
 from boot_jax.config import ConfigError
 from boot_jax.training.health import SKIPPED, Health
@@ -73,6 +72,9 @@ class Logger:
         _drop_beyond(path, start_step)
         self._file = path.open("a")
         if tensorboard:
+            # It brings in PyTorch, where that is installed: seconds, for all who log.
+            from tensorboardX import SummaryWriter
+
             self._events = SummaryWriter(str(self._directory / "tensorboard"))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
