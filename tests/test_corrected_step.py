@@ -257,15 +257,15 @@ def test_the_auxiliary_networks_rate_falls_with_the_training():
 def test_eight_devices_give_the_step_of_one(fsdp, tensor):
     mesh = sharding.create_mesh(-1, fsdp, tensor)
     made = dict(kind="boot", lora_rank=2 if fsdp == 1 else 0, share=0.5)
-    rules = ((r"first/(kernel|bias)$", "tensor:out"), (".*", "fsdp"))
+    rules = sharding.DEFAULT_RULES
+    if tensor > 1:
+        rules = ((r"first/(kernel|bias)$", "tensor:out"), *rules)
     alone, expected = run(**made)
     loss, student = loss_of(
         batch_sharding=sharding.batch_sharding(mesh, axis=1), **made
     )
     state = start_of(loss, student)
-    shardings = sharding.parameter_shardings(
-        state, mesh, rules[tensor == 1 :], min_size=64
-    )
+    shardings = sharding.parameter_shardings(state, mesh, rules, min_size=64)
     state = sharding.place(state, shardings)
     frozen = sharding.place(TEACHER.params, sharding.replicated(mesh))
     step = step_of(loss, state_sharding=shardings)

@@ -33,7 +33,6 @@ def environment(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "",
         "PYTHONUNBUFFERED": "1",
